@@ -1,0 +1,42 @@
+"""Batch normalization and dropout for PyTorch: fast on CPU, and right where they usually go wrong.
+
+The names below are loaded when first used, so that ``import normdrop`` costs nothing by itself.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["UserError", "__version__", "describe", "functional", "has_kernels", "networks", "nn"]
+
+if TYPE_CHECKING:
+    from normdrop import functional, networks, nn
+    from normdrop.errors import UserError
+    from normdrop.inspection.describe import describe
+    from normdrop.ops import has_kernels
+
+_HOME = {
+    "UserError": "normdrop.errors",
+    "describe": "normdrop.inspection.describe",
+    "functional": "normdrop",
+    "has_kernels": "normdrop.ops",
+    "networks": "normdrop",
+    "nn": "normdrop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'normdrop' has no attribute {name!r}")
+    home = _HOME[name]
+    value = (
+        import_module(f"normdrop.{name}")
+        if home == "normdrop"
+        else getattr(import_module(home), name)
+    )
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,56 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["write_atomically", "write_text"]
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; when the block ends well, rename it to ``path``.
+
+    The temporary file lies in the same folder, so the rename is atomic; it is flushed to disk
+    before. When the block raises, the temporary file is removed and what stood at ``path`` stays.
+
+    Args:
+        path: where the finished file shall stand. Its folder must exist.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with write_atomically(folder / "note.txt") as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> [file.name for file in folder.iterdir()]
+        ['note.txt']
+    """
+    target = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner reads; give them the mode that open() would.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, whole or not at all; see :func:`write_atomically`."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,177 @@
+"""The operators written from their equations in plain PyTorch, for every device and transform.
+
+This file is the specification: the kernels compute the same, and the tests compare with it. It is
+also the path that is taken where there is no kernel, under torch.func transforms, and for second
+derivatives. Everything here is differentiable by autograd.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ACTIVATIONS",
+    "activate",
+    "batch_norm",
+    "batch_statistics",
+    "draw_seed",
+    "dropout",
+    "keep_mask",
+    "philox",
+    "update_running_statistics",
+]
+
+ACTIVATIONS = ("relu", "leaky_relu", "silu")
+"""Names that ``activation=`` takes; leaky ReLU has torch's default slope, 0.01."""
+
+ROUNDS = 7
+"""Philox4x32 passes BigCrush from 7 rounds on (Salmon et al. 2011, table 2)."""
+
+_LOW32 = 0xFFFFFFFF
+
+
+def batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Normalize with given statistics: y_k = γ_k (x_k − μ_k) / sqrt(σ_k² + ε) + α_k.
+
+    x is (N, C, …); mean, var, weight (γ) and bias (α) are (C,). Computed in the statistics' type,
+    given back in x's.
+    """
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    scale = torch.rsqrt(var + eps)
+    y = (x.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
+    if weight is not None:
+        y = y * weight.to(mean.dtype).view(shape)
+    if bias is not None:
+        y = y + bias.to(mean.dtype).view(shape)
+    return y.to(x.dtype)
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """μ_k and the biased σ_k² of every channel of x (N, C, …), in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(wide, dim=[d for d in range(x.dim()) if d != 1], correction=0)
+    return mean, var
+
+
+@torch.no_grad()
+def update_running_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """r ← (1 − m)·r + m·batch, in place, with the unbiased variance σ²·n/(n − 1)."""
+    if count == 0:
+        return
+    unbiased = var * (count / max(count - 1, 1))
+    running_mean.copy_((1 - momentum) * running_mean + momentum * mean)
+    running_var.copy_((1 - momentum) * running_var + momentum * unbiased)
+
+
+def activate(y: Tensor, activation: str | None) -> Tensor:
+    """The activation that follows, by name; None is the identity."""
+    if activation is None:
+        return y
+    if activation == "relu":
+        return torch.relu(y)
+    if activation == "leaky_relu":
+        return torch.nn.functional.leaky_relu(y)
+    if activation == "silu":
+        return torch.nn.functional.silu(y)
+    raise ValueError(
+        f"batch_norm: activation must be None or one of {', '.join(ACTIVATIONS)}, "
+        f"got {activation!r}"
+    )
+
+
+def _multiply_wide(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of factor · word, both below 2³²; int64 wraps around modulo 2⁶⁴."""
+    product = word * factor
+    return (product >> 32) & _LOW32, product & _LOW32
+
+
+def philox(counter: tuple[Tensor, Tensor, int], seed: Tensor, rounds: int = ROUNDS) -> list[Tensor]:
+    """Philox4x32 (Salmon et al. 2011, section 4) in int64 arithmetic.
+
+    Args:
+        counter: words 0, 1 (int64 tensors below 2³²) and 2 of the counter; word 3 is 0.
+        seed: int64 scalar tensor, the 64-bit key.
+        rounds: number of rounds.
+
+    Returns:
+        The four output words, int64 tensors below 2³².
+    """
+    c0, c1 = counter[0], counter[1]
+    c2, c3 = torch.full_like(c0, counter[2]), torch.zeros_like(c0)
+    k0, k1 = seed & _LOW32, (seed >> 32) & _LOW32
+    for _ in range(rounds):
+        high0, low0 = _multiply_wide(0xD2511F53, c0)
+        high1, low1 = _multiply_wide(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
+    return [c0, c1, c2, c3]
+
+
+def _sixteen_bits(first: int, count: int, seed: Tensor, stream: int) -> Tensor:
+    """Sixteen random bits for each of the elements first … first + count − 1, as int64."""
+    block = torch.arange(first >> 3, (first + count + 7) >> 3, device=seed.device)
+    words = philox((block & _LOW32, (block >> 32) & _LOW32, stream), seed)
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1)
+    return halves.flatten()[first & 7 : (first & 7) + count]
+
+
+def keep_mask(
+    shape: tuple[int, ...] | torch.Size,
+    keep: float,
+    seed: Tensor,
+    sample_offset: int = 0,
+) -> Tensor:
+    """Which elements dropout keeps: True with probability keep, to a resolution of 2⁻³².
+
+    Element i (in row-major order, counted from the first sample of the whole batch) has the 16
+    bits r at half-word i mod 8 of Philox block i div 8. It is kept if r is below the upper 16 bits
+    of T = round(keep·2³²); where r equals them, 16 bits of a second stream decide against the
+    lower ones. So the mask is a pure function of (seed, i): the same for any number of threads,
+    memory format, device, or split of the batch.
+
+    Args:
+        shape: shape of the mask, (N, …).
+        keep: probability to keep, in [0, 1].
+        seed: int64 scalar tensor.
+        sample_offset: number of samples of the whole batch that lie before this shard's first.
+    """
+    count = math.prod(shape)
+    if keep >= 1.0 or keep <= 0.0:
+        return torch.full(shape, keep >= 1.0, dtype=torch.bool, device=seed.device)
+    per_sample = math.prod(shape[1:])
+    first = sample_offset * per_sample
+    threshold = round(keep * 2**32)
+    upper, lower = threshold >> 16, threshold & 0xFFFF
+    bits = _sixteen_bits(first, count, seed, stream=0)
+    mask = bits < upper
+    if lower:
+        mask = mask | ((bits == upper) & (_sixteen_bits(first, count, seed, stream=1) < lower))
+    return mask.view(shape)
+
+
+def draw_seed(generator: torch.Generator | None = None) -> Tensor:
+    """A fresh int64 seed from torch's CPU generator, or from ``generator``."""
+    device = "cpu" if generator is None else generator.device
+    return torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
+
+
+def dropout(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """z = scale · (r ⊙ x): a dropped element gives 0, even where x is infinite or NaN."""
+    return torch.where(mask, x * scale, torch.zeros((), dtype=x.dtype, device=x.device))
