@@ -1,0 +1,41 @@
+// Every operator of normdrop, on one page. The kernels register themselves at the end of their
+// own files; fake kernels and autograd are in Python, in normdrop/ops.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(normdrop, m) {
+  // Batch normalization (batch_norm.cpp).
+  //
+  // y = drop(act((x - mean) / sqrt(var + eps) * weight + bias + residual)), x: (N, C, ...), where
+  // act(z) = z for z > 0 and slope * z elsewhere: slope 1 is the identity, 0 is ReLU. In training
+  // mean and var are the batch's, var biased; else they are running_mean and running_var. Both
+  // are given back in float64. `positive` has one bit an element, the sign of what went into the
+  // activation, where backward cannot work it out from x alone; else it is empty.
+  m.def(
+      "batch_norm(Tensor x, Tensor? running_mean, Tensor? running_var, Tensor? weight, "
+      "Tensor? bias, Tensor? residual, bool training, float eps, float slope, float keep, "
+      "Tensor? seed, int sample_offset) "
+      "-> (Tensor y, Tensor mean, Tensor var, Tensor positive)");
+  m.def(
+      "batch_norm_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+      "Tensor? bias, Tensor positive, bool training, float eps, float slope, float keep, "
+      "Tensor? seed, int sample_offset, bool need_x, bool need_vectors, bool need_residual) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+  // r <- (1 - momentum) r + momentum * batch, with the unbiased variance n / (n - 1) * var.
+  // nonfinite: 0 propagates, 1 skips the update, 2 raises.
+  m.def(
+      "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
+      "Tensor var, int count, float momentum, int nonfinite) -> ()");
+
+  // Dropout (dropout.cpp).
+}
+
+// What `import normdrop._C` runs: nothing. Loading the file has registered the operators.
+extern "C" PyMODINIT_FUNC PyInit__C(void);
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
