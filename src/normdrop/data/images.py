@@ -1,0 +1,141 @@
+"""One image file to a uint8 array: any mode, any size, one rule for training and prediction."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from normdrop.errors import UserError
+
+__all__ = ["Rule", "Unreadable", "decode", "is_junk", "look", "read", "walk"]
+
+GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I")
+JUNK_SUFFIXES = (
+    *(".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml"),
+    *(".html", ".htm", ".ini", ".cfg", ".log", ".db", ".py", ".ipynb", ".lock", ".part", ".tmp"),
+)
+JUNK_NAMES = ("license", "readme", "sha256sums", "md5sums")
+EXIF_ORIENTATION = 0x0112
+
+
+class Unreadable(Exception):
+    """An image file that cannot be decoded; the text is the reason, without the path."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How every image of a set becomes (channels, height, width) uint8.
+
+    An image of another size is scaled, keeping its aspect, until it covers height × width, and
+    its centre is cut out.
+    """
+
+    channels: int
+    height: int
+    width: int
+
+
+def is_junk(path: Path) -> bool:
+    """Files that lie beside images and are quietly left alone: .DS_Store, Thumbs.db, .txt, …"""
+    name = path.name.lower()
+    return name.startswith(".") or name in JUNK_NAMES or path.suffix.lower() in JUNK_SUFFIXES
+
+
+def look(path: Path) -> tuple[int, int, bool]:
+    """Height, width (as the orientation in its metadata shows it) and whether it is grey.
+
+    Reads the header only.
+
+    Raises:
+        Unreadable: not an image, or a damaged one.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
+                width, height = height, width
+            return height, width, image.mode in GREY_MODES or _has_grey_palette(image)
+    except Exception as error:  # Pillow raises SyntaxError, struct.error and more for bad files.
+        raise Unreadable(_reason(error)) from error
+
+
+def decode(path: Path, rule: Rule) -> np.ndarray:
+    """Read an image file as (channels, height, width) uint8.
+
+    Transparent pixels show white, 16-bit grey is divided by 257, the orientation that a camera
+    noted is applied, and of an animation the first frame is taken.
+
+    Raises:
+        Unreadable: not an image, or a damaged one, such as a JPEG that is cut off.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
+            # Decode a large JPEG at a fraction of its size, but never below what is needed.
+            if image.format == "JPEG" and rule.height and rule.width:
+                side = max(rule.height, rule.width) * 2
+                image.draft(None, (side, side))
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            plain = _plain(upright, "L" if rule.channels == 1 else "RGB")
+    except Exception as error:
+        raise Unreadable(_reason(error)) from error
+    size = (rule.width, rule.height)
+    if plain.size != size:
+        plain = ImageOps.fit(plain, size, Image.Resampling.BILINEAR)
+    array = np.asarray(plain, dtype=np.uint8)
+    return array[None] if rule.channels == 1 else np.moveaxis(array, 2, 0)
+
+
+def read(path: Path, rule: Rule) -> np.ndarray:
+    """:func:`decode` for a file that the user named: a failure is the user's to know."""
+    try:
+        return decode(path, rule)
+    except Unreadable as error:
+        raise UserError(f"image {str(path)!r} cannot be read ({error})") from error
+
+
+def _plain(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Older Pillow opens a 16-bit PNG as mode I, newer as I;16: the values are the same.
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _has_grey_palette(image: Image.Image) -> bool:
+    if image.mode != "P" or "transparency" in image.info:
+        return False
+    colours = image.getpalette() or []
+    return all(colours[i] == colours[i + 1] == colours[i + 2] for i in range(0, len(colours), 3))
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is no image file that Pillow knows"
+    text = str(error) or type(error).__name__
+    return text[:1].lower() + text[1:] if not text[:2].isupper() else text
+
+
+def walk(folder: Path) -> list[Path]:
+    """Every file below a folder that is not junk, sorted; follows links, but not in circles."""
+    files: list[Path] = []
+    seen: set[str] = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(where, name) for name in names]
+    return sorted(file for file in files if not is_junk(file))
