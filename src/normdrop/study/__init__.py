@@ -1,0 +1,1 @@
+"""Looking at runs: comparing variants, and the report of one run."""

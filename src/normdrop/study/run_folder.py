@@ -1,0 +1,273 @@
+"""Reading a run folder: everything that the report shows, and nothing that a run did not write."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normdrop.errors import UserError
+
+__all__ = ["DropoutLayer", "NormLayer", "RunFolder", "read_run_folder"]
+
+Array = NDArray[Any]
+
+_COLUMNS = (
+    "epoch",
+    "step",
+    "learning_rate",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "seconds",
+    "images_per_second",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormLayer:
+    """What one batch norm layer holds, a number for each channel; None where it has none."""
+
+    name: str
+    features: int
+    gamma: Array | None
+    alpha: Array | None
+    mean: Array | None
+    variance: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DropoutLayer:
+    """One dropout layer of the network: its name, its class and the share of values it keeps."""
+
+    name: str
+    kind: str
+    keep: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The files of one run, read and checked.
+
+    A run that was stopped lacks some of them: ``result``, ``probabilities``, ``labels`` are then
+    None and ``norm_layers`` is empty; ``missing`` names the files.
+    """
+
+    path: Path
+    options: dict[str, Any]
+    run: dict[str, Any]
+    metrics: dict[str, Array]
+    result: dict[str, Any] | None
+    probabilities: Array | None
+    labels: Array | None
+    mistakes: Array
+    mistake_pictures: Array | None
+    mistake_names: tuple[str, ...]
+    norm_layers: tuple[NormLayer, ...]
+    dropout_layers: tuple[DropoutLayer, ...] | None
+    missing: tuple[str, ...]
+
+    @property
+    def network(self) -> str:
+        return str(self.run.get("network", {}).get("name", "network"))
+
+    @property
+    def network_options(self) -> dict[str, Any]:
+        return dict(self.run.get("network", {}).get("options") or {})
+
+    @property
+    def data(self) -> str:
+        state = self.run.get("data", {})
+        for key in ("name", "source"):
+            if state.get(key):
+                return str(state[key])
+        return str(self.options.get("data", "data"))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, from whichever file knows them."""
+        named = self.run.get("data", {}).get("classes")
+        if isinstance(named, (list, tuple)):
+            return tuple(str(name) for name in named)
+        if self.result is not None:
+            return tuple(str(row["class"]) for row in self.result.get("per_class", ()))
+        count = self.run.get("network", {}).get("classes", 0)
+        if isinstance(count, (list, tuple)):
+            return tuple(str(name) for name in count)
+        return tuple(str(k) for k in range(int(count or 0)))
+
+    @property
+    def epochs(self) -> int:
+        return len(self.metrics["epoch"])
+
+
+def read_run_folder(path: str | os.PathLike[str]) -> RunFolder:
+    """Read the files of a run.
+
+    Args:
+        path: the folder that ``normdrop train`` wrote.
+
+    Raises:
+        UserError: there is no such folder, it holds no run, or one of its files is damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(
+            f"Expected a run folder, but {folder} is "
+            f"{'a file' if folder.exists() else 'not there'}: "
+            "give the folder that `normdrop train` wrote, such as runs/digits."
+        )
+    if not (folder / "run.json").is_file():
+        raise UserError(
+            f"Expected a run folder, but {folder} has no run.json: "
+            "give the folder that `normdrop train` wrote, such as runs/digits."
+        )
+    missing: list[str] = []
+    options = _read_yaml(folder / "options.yaml", missing)
+    run = _read_json(folder / "run.json", missing) or {}
+    metrics = _read_metrics(folder / "metrics.csv", missing)
+    result = _read_json(folder / "result.json", missing)
+    evaluation = _read_tensors(folder / "evaluation.safetensors", None, missing) or {}
+    names = _read_json(folder / "evaluation.json", missing) or {}
+    return RunFolder(
+        path=folder,
+        options=options,
+        run=run,
+        metrics=metrics,
+        result=result,
+        probabilities=evaluation.get("probabilities"),
+        labels=evaluation.get("labels"),
+        mistakes=evaluation.get("mistakes", np.zeros(0, dtype=np.int64)),
+        mistake_pictures=evaluation.get("mistake_pictures"),
+        mistake_names=tuple(str(name) for name in names.get("mistake_names", ())),
+        norm_layers=_read_norm_layers(folder / "weights.safetensors", run, missing),
+        dropout_layers=_find_dropout_layers(run),
+        missing=tuple(missing),
+    )
+
+
+def _damaged(path: Path, why: object) -> UserError:
+    return UserError(
+        f"Expected {path} to be a whole file of a run, but it cannot be read ({why}): "
+        "restore it, or run the training again."
+    )
+
+
+def _read_json(path: Path, missing: list[str]) -> dict[str, Any] | None:
+    if not path.is_file():
+        missing.append(path.name)
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _read_yaml(path: Path, missing: list[str]) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        missing.append(path.name)
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _damaged(path, str(error).replace("\n", " ")) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, f"it holds a {type(value).__name__}, not a mapping")
+    return value
+
+
+def _read_metrics(path: Path, missing: list[str]) -> dict[str, Array]:
+    rows: list[list[float]] = []
+    if path.is_file():
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    rows.append([float(row.get(name) or "nan") for name in _COLUMNS])
+        except (OSError, ValueError, csv.Error) as error:
+            raise _damaged(path, error) from error
+    else:
+        missing.append(path.name)
+    table = np.array(rows, dtype=np.float64).reshape(-1, len(_COLUMNS))
+    table = table[np.isfinite(table[:, 0])]
+    return {name: table[:, column] for column, name in enumerate(_COLUMNS)}
+
+
+def _read_tensors(path: Path, names: list[str] | None, missing: list[str]) -> dict[str, Any] | None:
+    """Read the named tensors, or all; bfloat16 is widened, since NumPy has no such type."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        missing.append(path.name)
+        return None
+    arrays: dict[str, Array] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            present = set(file.keys())
+            for name in sorted(present) if names is None else names:
+                if name in present:
+                    tensor = file.get_tensor(name)
+                    if tensor.dtype in (torch.bfloat16, torch.float16):
+                        tensor = tensor.float()
+                    arrays[name] = tensor.numpy()
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    return arrays
+
+
+def _read_norm_layers(
+    path: Path, run: dict[str, Any], missing: list[str]
+) -> tuple[NormLayer, ...]:
+    layers = run.get("norm_layers") or []
+    parts = ("weight", "bias", "running_mean", "running_var")
+    names = [f"{layer['name']}.{part}" for layer in layers for part in parts]
+    arrays = _read_tensors(path, names, missing)
+    if arrays is None:
+        return ()
+    found = []
+    for layer in layers:
+        name = str(layer["name"])
+        values = [arrays.get(f"{name}.{part}") for part in parts]
+        if any(value is not None for value in values):
+            found.append(NormLayer(name, int(layer["features"]), *values))
+    return tuple(found)
+
+
+def _find_dropout_layers(run: dict[str, Any]) -> tuple[DropoutLayer, ...] | None:
+    """Build the network anew, without memory for its weights, and list its dropout layers.
+
+    None when the network cannot be built here, as for a run of a later version.
+    """
+    import torch
+
+    network = run.get("network", {})
+    classes = network.get("classes", 0)
+    try:
+        from normdrop import networks
+
+        with torch.device("meta"):
+            model = networks.build(
+                network["name"],
+                classes=len(classes) if isinstance(classes, (list, tuple)) else int(classes),
+                input_shape=tuple(network["input_shape"]),
+                **(network.get("options") or {}),
+            )
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        return None
+    return tuple(
+        DropoutLayer(name, type(module).__name__, 1.0 - float(module.p))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd)
+    )
