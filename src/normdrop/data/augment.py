@@ -6,8 +6,6 @@ import difflib
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from normdrop.data.batches import Batch
 from normdrop.errors import UserError
@@ -59,7 +57,7 @@ class Augmentation:
     def __init__(self, names: Sequence[str], seed: int) -> None:
         self.names, self.seed = tuple(names), seed
 
-    def __call__(self, images: Tensor, batch: Batch) -> Tensor:
+    def __call__(self, images: np.ndarray, batch: Batch) -> np.ndarray:
         count, _, height, width = images.shape
         mine = slice(batch.first, batch.first + count)
         for name in self.names:
@@ -80,33 +78,29 @@ class Augmentation:
                     height, width, *(edge[mine] for edge in boxes(draw, batch.total, height, width))
                 )
                 if name == "cutout":
-                    images = images.masked_fill(inside, 0)
+                    images = np.where(inside, np.uint8(0), images)
                 else:
                     images = _fill_with_noise(images, inside, draw, batch)
         return images
 
 
-def _flip(images: Tensor, which: np.ndarray) -> Tensor:
-    where = torch.from_numpy(which)[:, None, None, None]
-    return torch.where(where, images.flip(3), images)
+def _flip(images: np.ndarray, which: np.ndarray) -> np.ndarray:
+    images = images.copy()
+    images[which] = images[which, :, :, ::-1]
+    return images
 
 
-def _crop(images: Tensor, pads: tuple[int, int], rows: np.ndarray, columns: np.ndarray) -> Tensor:
+def _crop(
+    images: np.ndarray, pads: tuple[int, int], rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
     """Window i begins at (rows[i], columns[i]) of image i after padding: one gather, no loop."""
     count, channels, height, width = images.shape
     tall, wide = height + 2 * pads[0], width + 2 * pads[1]
-    padded = images.new_zeros(count, channels, tall, wide)
+    padded = np.zeros((count, channels, tall, wide), images.dtype)
     padded[:, :, pads[0] : pads[0] + height, pads[1] : pads[1] + width] = images
-    # windows[i, dy, dx] is the view (C, H, W) that begins at (dy, dx); nothing is copied here.
-    windows = padded.as_strided(
-        (count, 2 * pads[0] + 1, 2 * pads[1] + 1, channels, height, width),
-        (channels * tall * wide, wide, 1, tall * wide, wide, 1),
-    )
-    return windows[
-        torch.arange(count),
-        torch.from_numpy(rows.astype(np.int64)),
-        torch.from_numpy(columns.astype(np.int64)),
-    ]
+    # windows[i, :, dy, dx] is the view of image i that begins at (dy, dx); nothing is copied.
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+    return windows[np.arange(count), :, rows, columns]
 
 
 def _squares(
@@ -139,19 +133,18 @@ def _inside(
     bottom: np.ndarray,
     left: np.ndarray,
     right: np.ndarray,
-) -> Tensor:
+) -> np.ndarray:
     """(N, 1, H, W) bool: which pixels lie in image i's box."""
     y, x = np.arange(height)[None, :], np.arange(width)[None, :]
     rows = (y >= top[:, None]) & (y < bottom[:, None])
     columns = (x >= left[:, None]) & (x < right[:, None])
-    return torch.from_numpy(rows[:, None, :, None] & columns[:, None, None, :])
+    return rows[:, None, :, None] & columns[:, None, None, :]
 
 
 def _fill_with_noise(
-    images: Tensor, inside: Tensor, draw: np.random.Generator, batch: Batch
-) -> Tensor:
+    images: np.ndarray, inside: np.ndarray, draw: np.random.Generator, batch: Batch
+) -> np.ndarray:
     shape = (batch.total, *images.shape[1:])
     noise = np.frombuffer(draw.bytes(int(np.prod(shape))), dtype=np.uint8).reshape(shape)
     mine = noise[batch.first : batch.first + len(images)]
-    # torch wants memory that it may write to, which bytes are not.
-    return torch.where(inside, torch.from_numpy(mine.copy()), images)
+    return np.where(inside, mine, images)

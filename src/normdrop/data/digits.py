@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from normdrop.data.module import DataModule, InMemory, Samples
 
@@ -39,7 +38,7 @@ class Digits(DataModule):
         # Ink runs from 0 to 16; 255/16 keeps the order of all 17 values in uint8.
         pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
         return Samples(
-            store=InMemory(torch.from_numpy(pixels)),
+            store=InMemory(pixels),
             labels=digits.target.astype(np.int64),
             classes=tuple(str(name) for name in digits.target_names),
             name_of=lambda i: f"digits[{i}]",

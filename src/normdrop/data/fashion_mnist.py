@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from normdrop.data.module import DataModule, InMemory, Samples
 from normdrop.errors import UserError
@@ -97,12 +96,12 @@ class FashionMNIST(DataModule):
             )
         labels = np.concatenate([train_labels, test_labels]).astype(np.int64)
         highest = int(labels.max())
-        classes = CLASSES
+        classes: tuple[str, ...] = CLASSES
         if self.folder is not None and not _is_published(contents):
             self.name = self.folder.name or self.name
             classes = tuple(str(c) for c in range(highest + 1))
         return Samples(
-            store=InMemory(torch.from_numpy(np.concatenate([train, test])[:, None])),
+            store=InMemory(np.concatenate([train, test])[:, None]),
             labels=labels,
             classes=classes,
             name_of=lambda i: f"train[{i}]" if i < len(train) else f"test[{i - len(train)}]",

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from normdrop.data.images import Rule, Unreadable, decode, is_junk, look, walk
 from normdrop.data.module import DataModule, InMemory, Samples, Store
@@ -99,7 +97,7 @@ class ImageFolder(DataModule):
             self.suits = ("crop",)
         paths = [path for path, _, _ in chosen]
         store: Store = (
-            InMemory(torch.from_numpy(pixels if len(kept) == len(good) else pixels[kept]))
+            InMemory(pixels if len(kept) == len(good) else pixels[kept])
             if fits
             else Files(paths, rule)
         )
@@ -155,7 +153,7 @@ class Files:
     paths: list[Path]
     rule: Rule
 
-    def take(self, positions: np.ndarray) -> Tensor:
+    def take(self, positions: np.ndarray) -> np.ndarray:
         rule = self.rule
         pixels = np.empty((len(positions), rule.channels, rule.height, rule.width), np.uint8)
 
@@ -171,7 +169,7 @@ class Files:
 
         with ThreadPoolExecutor(_threads()) as pool:
             list(pool.map(fill, range(len(positions))))
-        return torch.from_numpy(pixels)
+        return pixels
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from normdrop.data.module import DataModule, InMemory, Samples
 from normdrop.errors import UserError
@@ -84,7 +83,7 @@ class Table(DataModule):
         rows = list(frame.index)
         return Samples(
             # The inputs depend on the training part: _fit makes them.
-            store=InMemory(torch.zeros(len(frame), 0)),
+            store=InMemory(np.zeros((len(frame), 0), np.float32)),
             labels=labels,
             classes=classes,
             name_of=lambda i: f"{rows[i][0]} row {rows[i][1] + 1}".strip(),
@@ -130,7 +129,7 @@ class Table(DataModule):
             for name in self._features.columns
         ]
         values, _ = encode_rows(self._features, self._columns)
-        self._samples.store = InMemory(torch.from_numpy(values))
+        self._samples.store = InMemory(values)
         del self._features
 
     def _encoding(self) -> dict[str, Any]:
