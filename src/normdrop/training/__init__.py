@@ -1,0 +1,1 @@
+"""Training: options, the task, fitting, evaluation and prediction; needs ``normdrop[train]``."""

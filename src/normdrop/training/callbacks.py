@@ -1,0 +1,223 @@
+"""What happens around the steps: records, checkpoints, and what the terminal shows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from normdrop.errors import UserError
+from normdrop.files import write_atomically, write_text
+from normdrop.training.task import Task
+
+__all__ = ["COLUMNS", "AtomicCheckpoints", "Display", "Record", "silence"]
+
+COLUMNS = (
+    "epoch",
+    "step",
+    "learning_rate",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "seconds",
+    "images_per_second",
+)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):  # type: ignore[misc]
+    """Writes a checkpoint whole or not at all."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write ``checkpoint`` to a temporary name, flush it, rename it."""
+        # torch.save reports a full disk as a RuntimeError without errno when it writes a file itself.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        with write_atomically(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+
+
+class Record(pl.callbacks.Checkpoint):  # type: ignore[misc]
+    """After every epoch: metrics.csv, TensorBoard, last.ckpt, and best.ckpt if it is the best.
+
+    The best epoch has the highest validation accuracy, and among equals the lowest validation loss.
+    The rows live in the checkpoint, so a resumed run forgets those that came after it.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, float]] = []
+        self.best_epoch = 0
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint of the last whole epoch."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the best epoch."""
+        return self.folder / "checkpoints" / "best.ckpt"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far and the best epoch."""
+        return {"rows": self.rows, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.rows = list(state_dict["rows"])
+        self.best_epoch = state_dict["best_epoch"]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the epoch down."""
+        assert isinstance(pl_module, Task)
+        self.rows.append(dict(pl_module.row))
+        better = self.best_epoch == 0 or _rank(self.rows[-1]) > _rank(self.rows[self.best_epoch - 1])
+        if better:
+            self.best_epoch = len(self.rows)
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(
+                {name: self.rows[-1][name] for name in COLUMNS[2:]}, trainer.global_step
+            )
+        try:
+            trainer.save_checkpoint(self.last)
+            if trainer.is_global_zero:
+                if better:
+                    with write_atomically(self.best) as temporary:
+                        shutil.copyfile(self.last, temporary)
+                self.write_metrics()
+        except OSError as error:
+            raise cannot_write(error, self.folder) from error
+
+    def write_metrics(self) -> None:
+        """Write metrics.csv."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            for row in self.rows
+        )
+        write_text(self.folder / "metrics.csv", text.getvalue())
+
+
+def cannot_write(error: OSError, folder: Path) -> UserError:
+    """One sentence for a full disk or a folder that cannot be written."""
+    whole = (folder / "checkpoints" / "last.ckpt").exists()
+    return UserError(
+        f"Cannot write to {folder} ({error.strerror or error}); make room or allow writing there, "
+        + (
+            f"then go on from the last whole epoch with: normdrop train --resume {folder}"
+            if whole
+            else f"then start again with: normdrop train --resume {folder}"
+        )
+    )
+
+
+class Display(pl.Callback):  # type: ignore[misc]
+    """A progress bar on a terminal, and a line an epoch everywhere.
+
+    Args:
+        console: where to write; by default the standard output.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self._bar: Progress | None = None
+        self._shown = 0.0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A spawned process unpickles its callbacks before Lightning says anything.
+        self.__dict__.update(state)
+        silence()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show a bar for the epoch."""
+        if not trainer.is_global_zero or not sys.stdout.isatty():
+            return
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            transient=True,
+        )
+        self._bar.add_task(
+            "", total=trainer.num_training_batches, epoch=trainer.current_epoch + 1, figures=""
+        )
+        self._bar.start()
+        self._begin = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Move the bar, ten times a second at most."""
+        now = time.monotonic()
+        if self._bar is None or now - self._shown < 0.1:
+            return
+        self._shown = now
+        assert isinstance(pl_module, Task)
+        loss, accuracy, count = pl_module.running()
+        self._bar.update(
+            self._bar.task_ids[0],
+            completed=trainer.fit_loop.epoch_loop.batch_progress.current.processed,
+            figures=figures(loss, accuracy, count / (now - self._begin)),
+        )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replace the bar by the epoch's line."""
+        self._stop()
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, Task)
+            row = pl_module.row
+            width = len(str(self.epochs))
+            Console(highlight=False, soft_wrap=True).print(
+                f"epoch {row['epoch']:{width}}/{self.epochs}  "
+                + figures(row["train_loss"], row["train_accuracy"], row["images_per_second"])
+                + f"  validation: loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}"
+                + f"  {row['seconds']:.1f} s"
+            )
+
+    def on_exception(self, *_: Any) -> None:
+        """Take the bar away, so that a message stands on its own line."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def figures(loss: float, accuracy: float, speed: float) -> str:
+    """Loss, accuracy and speed as the terminal shows them."""
+    return f"loss {loss:.4f}  accuracy {accuracy:.2%}  {speed:,.0f} samples/s"
+
+
+def silence() -> None:
+    """Keep Lightning's hints and banners off the terminal; its errors still come."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("pytorch_lightning", "lightning_fabric"):
+        warnings.filterwarnings("ignore", module=rf"{module}\b.*")
+
+
+def _rank(row: dict[str, float]) -> tuple[float, float]:
+    return row["val_accuracy"], -row["val_loss"]
