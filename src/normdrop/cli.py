@@ -52,7 +52,10 @@ def train(
 
 
 def evaluate(
-    run: Path, *, data: str | None = None, split: Literal["test", "val", "train"] = "test",
+    run: Path,
+    *,
+    data: str | None = None,
+    split: Literal["test", "val", "train"] = "test",
     json: bool = False,
 ) -> None:
     """Test a trained network: accuracy, per class, confusion and calibration.
@@ -89,7 +92,10 @@ def predict(
 
 
 def describe(
-    run: Path | None = None, *, model: str = "resnet18", input: str = "224x224x3",
+    run: Path | None = None,
+    *,
+    model: str = "resnet18",
+    input: str = "224x224x3",
     classes: int | None = None,
 ) -> None:
     """Show a network's layers, their shapes, Θ, and the γ and α that batch norm adds.
@@ -213,7 +219,10 @@ def _add_arguments(parser: Any, command: Callable[..., None]) -> dict[str, type]
             field_helps, field_hints = _argument_helps(group), typing.get_type_hints(group)
             for field in dataclasses.fields(group):
                 _add_flag(
-                    section, field.name, field_hints[field.name], field.default,
+                    section,
+                    field.name,
+                    field_hints[field.name],
+                    field.default,
                     field_helps[field.name],
                 )
         elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD:

@@ -45,7 +45,7 @@ class AtomicCheckpoints(TorchCheckpointIO):  # type: ignore[misc]
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         """Write ``checkpoint`` to a temporary name, flush it, rename it."""
-        # torch.save reports a full disk as a RuntimeError without errno when it writes a file itself.
+        # When torch.save writes a file itself, a full disk is a RuntimeError without errno.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         with write_atomically(path) as temporary:
@@ -90,7 +90,8 @@ class Record(pl.callbacks.Checkpoint):  # type: ignore[misc]
         """Write the epoch down."""
         assert isinstance(pl_module, Task)
         self.rows.append(dict(pl_module.row))
-        better = self.best_epoch == 0 or _rank(self.rows[-1]) > _rank(self.rows[self.best_epoch - 1])
+        best = self.rows[self.best_epoch - 1] if self.best_epoch else None
+        better = best is None or _rank(self.rows[-1]) > _rank(best)
         if better:
             self.best_epoch = len(self.rows)
         if trainer.logger is not None:

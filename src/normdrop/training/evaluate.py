@@ -319,8 +319,14 @@ def load_checkpoint(path: Path, network: torch.nn.Module) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint {path}; start the run again") from None
     except (
-        RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile,
-        KeyError, TypeError, ValueError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        KeyError,
+        TypeError,
+        ValueError,
     ) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise UserError(

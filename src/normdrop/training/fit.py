@@ -41,10 +41,10 @@ class Stopped(KeyboardInterrupt):
 def train(options: Options | None = None, *, resume: str | os.PathLike[str] | None = None) -> Path:
     """Train a network, test it once, and leave everything in a run folder.
 
-    The split, the weights, the order, the augmentation and dropout's masks are functions of the seed
-    and the step, so a run that was stopped and resumed ends with the very weights of one that was
-    not. The best epoch is chosen on the validation split; the test split is looked at once, at the
-    end, with the weights of that epoch.
+    The split, the weights, the order, the augmentation and dropout's masks are functions of the
+    seed and the step, so a run that was stopped and resumed ends with the very weights of one that
+    was not. The best epoch is chosen on the validation split; the test split is looked at once, at
+    the end, with the weights of that epoch.
 
     Args:
         options: what to train on what; None for the defaults.

@@ -1,8 +1,8 @@
 """What a user can choose for a run; each group of options is one dataclass.
 
-The command line makes a flag of every field (``keep_hidden`` becomes ``--keep-hidden``) and its help
-from the docstrings, so nothing here imports torch. ``None`` means "what suits the data and the
-network"; :mod:`normdrop.training.recipes` says what that is.
+The command line makes a flag of every field (``keep_hidden`` becomes ``--keep-hidden``) and its
+help from the docstrings, so nothing here imports torch. ``None`` means "what suits the data and
+the network"; :mod:`normdrop.training.recipes` says what that is.
 """
 
 from __future__ import annotations
@@ -246,4 +246,5 @@ def _check_between(
     """Values in (low, high), or with ``closed`` in [low, high)."""
     if value is None or low < value < high or (closed and value == low):
         return
-    raise UserError(f"Expected {name} in {'[' if closed else '('}{low:g}, {high:g}), but got {value:g}")
+    left = "[" if closed else "("
+    raise UserError(f"Expected {name} in {left}{low:g}, {high:g}), but got {value:g}")

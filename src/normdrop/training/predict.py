@@ -59,10 +59,13 @@ def predictions(run: Path, files: Sequence[Path]) -> list[dict[str, Any]]:
     encoder = data.encoder(record["data"])
     rows = []
     for pairs in _chunks(encoder.read(list(files)), BATCH):
-        names, tensors = zip(*pairs)
+        names, tensors = zip(*pairs, strict=True)
         x = torch.stack(tensors)
         probabilities, _ = predict_batches(network, [(x, torch.zeros(len(x), dtype=torch.int64))])
-        rows += [_row(str(name), values, classes) for name, values in zip(names, probabilities)]
+        rows += [
+            _row(str(name), values, classes)
+            for name, values in zip(names, probabilities, strict=True)
+        ]
     return rows
 
 
@@ -72,7 +75,7 @@ def _row(name: str, probabilities: Tensor, classes: Sequence[str]) -> dict[str, 
         "file": name,
         "class": classes[best],
         "probability": float(probabilities[best]),
-        "probabilities": dict(zip(classes, probabilities.tolist())),
+        "probabilities": dict(zip(classes, probabilities.tolist(), strict=True)),
     }
 
 
