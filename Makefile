@@ -1,0 +1,73 @@
+# make train   train a residual network with batch normalization and dropout on real data
+# make test    run all tests
+# make lint    style, types, import rules
+# make bench   measure the kernels against PyTorch's; results in benchmarks/results
+# make wheel   one wheel for every Python from 3.10 and every torch from 2.10
+# make build   build the kernels in place
+# make clean   remove what was built; runs/ stays
+#
+# Each target sets up what it needs in .venv, pinned by constraints.txt.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+CSRC   := $(wildcard src/normdrop/csrc/*)
+
+.PHONY: train test lint format bench wheel build sanitize clean help
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+
+train: $(VENV)/.train
+	$(BIN)/normdrop train
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(wildcard src/normdrop/csrc/*.cpp src/normdrop/csrc/*.h)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard src/normdrop/csrc/*.cpp src/normdrop/csrc/*.h)
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/kernels.py $(BENCH_ARGS)
+
+wheel: $(VENV)/.build
+	$(BIN)/python -m pip --disable-pip-version-check wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+build: $(VENV)/.build
+	$(PIP) --no-build-isolation --no-deps -e .
+
+# torch and setuptools come first: the kernels are built against the installed torch.
+$(VENV)/.build: constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "normdrop needs Python 3.10 or newer; name one: make PYTHON=python3.12 …"; exit 1; }
+	@echo "Setting up $(VENV) (once)"
+	@$(PIP) torch setuptools wheel
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.build pyproject.toml setup.py $(CSRC)
+	@echo "Installing normdrop"
+	@$(PIP) --no-build-isolation -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.build pyproject.toml setup.py $(CSRC)
+	@echo "Installing normdrop and its development tools"
+	@$(PIP) --no-build-isolation -e '.[train,export,dev]'
+	@touch $@ $(VENV)/.train
+
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src -name '*.so' -delete
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
