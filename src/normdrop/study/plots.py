@@ -20,8 +20,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from normdrop.files import write_atomically
@@ -38,6 +41,9 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", BLUE: "blue", ORANGE: "o
 
 #: Up to this many classes the cells of a confusion matrix are large enough for their numbers.
 WRITTEN_CLASSES = 20
+
+#: A bin of the reliability diagram with fewer samples than this is drawn pale.
+FEW = 10
 
 _PARTS = {
     "gamma": ("γ, the scale", 1.0),
@@ -212,10 +218,23 @@ def _line(axes: Axes, run: RunFolder, column: str, colour: str, label: str, styl
     axes.plot(epoch, values, color=colour, label=label, linestyle=style, marker=marker, ms=4)
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, handles: list[Any] | None = None) -> None:
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.8
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=3,
+        borderaxespad=0.2,
+        handlelength=1.8,
+        columnspacing=1.4,
     )
+
+
+def _log_scale(axes: Axes, ratio: float) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark_best(axes: Axes, run: RunFolder) -> None:
@@ -232,8 +251,7 @@ def _draw_loss(axes: Axes, run: RunFolder) -> None:
     both = np.concatenate([run.metrics["train_loss"], run.metrics["val_loss"]])
     both = both[np.isfinite(both)]
     if len(both) and both.min() > 0 and both.max() / both.min() > 30:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _log_scale(axes, both.max() / both.min())
     elif len(both):
         axes.set_ylim(bottom=0, top=1.05 * both.max() or 1)
     _legend(axes)
@@ -282,12 +300,13 @@ def _confusion(run: RunFolder) -> Figure:
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     right = np.eye(classes, dtype=bool)
     rgba = np.zeros((classes, classes, 4))
-    rgba[..., :3] = matplotlib.colors.to_rgb(ORANGE)
-    rgba[right, :3] = matplotlib.colors.to_rgb(BLUE)
+    # These two can be told apart on white and on black; a picture cannot follow the page's mode.
+    rgba[..., :3] = to_rgb("#dd7430")
+    rgba[right, :3] = to_rgb("#2f8ccb")
     written = classes <= WRITTEN_CLASSES
     # The square root lets rare mistakes be seen; written cells stay light under their numbers.
-    rgba[..., 3] = np.sqrt(share) * (0.55 if written else 1.0)
-    size = float(np.clip(0.42 * classes + 1.6, 4.2, 7.5))
+    rgba[..., 3] = np.sqrt(share) * (0.65 if written else 1.0)
+    size = float(np.clip(0.42 * classes + 1.6, 4.2, 7.5)) if classes <= 30 else 5.4
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     axes.imshow(rgba, interpolation="none")
@@ -296,7 +315,7 @@ def _confusion(run: RunFolder) -> Figure:
             axes.text(guess, truth, f"{counts[truth, guess]:.0f}", ha="center", va="center", size=8)
     if classes <= 30:
         longest = max(map(len, names))
-        axes.set_xticks(range(classes), [_short(n) for n in names], rotation=90 if longest > 2 else 0)
+        axes.set_xticks(range(classes), [_short(n) for n in names], rotation=90 if longest > 3 else 0)
         axes.set_yticks(range(classes), [_short(n) for n in names])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -329,15 +348,24 @@ def _reliability(run: RunFolder) -> Figure:
     for axes in (top, bottom):
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.spines["left"].set_visible(False)
-    top.bar(left, accuracy, width, align="edge", color=BLUE, alpha=0.75, linewidth=0)
-    top.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1.2, label="perfect")
+    few = count < FEW
+    for chosen, alpha in ((~few, 0.6), (few, 0.22)):
+        top.bar(
+            left[chosen], accuracy[chosen], width[chosen], align="edge", color=BLUE, alpha=alpha
+        )
+    top.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1.2)
     top.scatter(confidence, confidence, marker="_", s=90, color=ORANGE, linewidths=2.2, zorder=3)
     top.vlines(confidence, accuracy, confidence, color=ORANGE, linewidth=1.4)
-    top.bar([], [], color=BLUE, alpha=0.75, label="accuracy")
-    top.plot([], [], color=ORANGE, label="mean confidence")
+    handles: list[Any] = [
+        Patch(color=BLUE, alpha=0.6, linewidth=0, label="accuracy"),
+        Line2D([], [], color=ORANGE, label="mean confidence"),
+    ]
+    if few.any():
+        pale = Patch(color=BLUE, alpha=0.22, linewidth=0, label=f"under {FEW} samples")
+        handles.insert(1, pale)
     top.set_ylim(0, 1.02)
     top.set_ylabel("accuracy")
-    _legend(top)
+    _legend(top, handles)
     bottom.bar(left, count, width, align="edge", color=MUTED, alpha=0.6, linewidth=0)
     bottom.set_ylabel("samples")
     bottom.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
@@ -376,7 +404,7 @@ def _ranges(run: RunFolder, part: str, start: float) -> Figure:
         dot = float(np.clip(500 / len(run.norm_layers), 4, 22))
         axes.scatter(places, middle, s=dot, color=INK, linewidths=0, zorder=3, label="median")
         if part == "variance" and high.max() / low.min() > 30:
-            axes.set_yscale("log")
+            _log_scale(axes, high.max() / low.min())
     if dead:
         axes.scatter(dead, [0] * len(dead), marker="x", s=30, color=ORANGE, zorder=4, label="dead")
     axes.set_xlabel("batch norm layer, from input to output")
@@ -417,16 +445,17 @@ def _mistake_title(run: RunFolder, place: int) -> str:
     )
 
 
-def histogram(values: Array | None, bins: int = 24) -> str:
-    """The outline of a histogram as the path of a 96 by 24 SVG; empty without finite values."""
+def histogram(values: Array | None) -> str:
+    """The outline of a histogram as the path of a 96 by 24 SVG; empty below two finite values."""
     if values is None:
         return ""
     finite = values[np.isfinite(values)].astype(np.float64)
-    if not len(finite):
+    if len(finite) < 2:
         return ""
     low, high = float(finite.min()), float(finite.max())
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-30):
         low, high = low - 0.5, high + 0.5
+    bins = int(np.clip(2 * np.sqrt(len(finite)), 4, 24))
     counts, _ = np.histogram(finite, bins=bins, range=(low, high))
     heights = 24 - 22 * counts / counts.max()
     step = 96 / bins

@@ -120,7 +120,6 @@ def _context(run: RunFolder, drawn: dict[str, Any]) -> dict[str, Any]:
         ("dropout", "Dropout", dropout),
     ]
     return {
-        "css_dark": True,
         "run": run,
         "result": run.result,
         "title": f"{run.network} on {run.data}",
@@ -134,6 +133,7 @@ def _context(run: RunFolder, drawn: dict[str, Any]) -> dict[str, Any]:
         "confusion": confusion,
         "per_class": per_class,
         "reliability": reliability,
+        "bins": _bins(run),
         "mistakes": mistakes,
         "norm": norm,
         "norm_rows": _norm_rows(run.norm_layers),
@@ -149,23 +149,30 @@ def _context(run: RunFolder, drawn: dict[str, Any]) -> dict[str, Any]:
 
 def _command(run: RunFolder) -> str:
     command = (run.result or {}).get("command")
-    return str(command or f"normdrop train --config {run.path.as_posix()}/options.yaml")
+    if command:
+        return str(command)
+    if "options.yaml" in run.missing:
+        return ""
+    return f"normdrop train --config {run.path / 'options.yaml'}"
+
+
+def _epochs(count: int) -> str:
+    return f"{count} {'epoch' if count == 1 else 'epochs'}"
 
 
 def _claim(run: RunFolder) -> str:
     """What was trained, on what, how well, how long and where, in one sentence."""
     result = run.result
     if result is None:
-        return f"{run.network} on {run.data}: {run.epochs} epochs recorded, not yet evaluated."
+        return f"{run.network} on {run.data}: {_epochs(run.epochs)} recorded, not yet evaluated."
     low, high = result["accuracy_interval"]
     machine = result.get("machine", {})
     kernels = "with native kernels" if machine.get("kernels") else "without native kernels"
     threads = machine.get("threads")
-    epochs = result["epochs"]
     return (
         f"{run.network} on {run.data}: {percent(result['accuracy'], 2)} {result['split']} accuracy "
         f"(95 % interval {percent(low)} to {percent(high)}, {result['count']:,} samples), after "
-        f"{epochs} {'epoch' if epochs == 1 else 'epochs'} in {duration(result['train_seconds'])} "
+        f"{_epochs(result['epochs'])} in {duration(result['train_seconds'])} "
         f"on {machine.get('processor', 'an unnamed processor')}, "
         f"{threads} {'thread' if threads == 1 else 'threads'}, torch {machine.get('torch', '?')}, "
         f"normdrop {machine.get('normdrop', '?')} {kernels}."
@@ -194,7 +201,7 @@ def _facts(run: RunFolder) -> list[tuple[str, str, str]]:
         (
             "Training",
             duration(result["train_seconds"]),
-            f"{result['epochs']} epochs, best: {result['best_epoch']}",
+            f"{_epochs(result['epochs'])}, best: {result['best_epoch']}",
         ),
     ]
     if "theta" in parameters:
@@ -222,7 +229,7 @@ def _unfinished(run: RunFolder) -> str:
     return (
         f"This run is unfinished: {done}, and there is no test result. "
         f"Not in the folder: {', '.join(run.missing)}. "
-        "Repeat the training command with --resume to go on from the last checkpoint."
+        f"Go on with: normdrop train --resume {run.path}"
     )
 
 
@@ -257,7 +264,7 @@ def _confusion(run: RunFolder, drawn: dict[str, Any]) -> dict[str, Any] | None:
     sentence = sentences.describe_confusion(run, counts)
     written = len(counts) <= plots.WRITTEN_CLASSES
     wrong = counts - np.diag(np.diag(counts))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:8]
+    order = np.argsort(-wrong, axis=None, kind="stable")[: 5 if written else 12]
     pairs = [
         (names[t], names[g], int(wrong[t, g]), percent(share[t, g]))
         for t, g in zip(*np.unravel_index(order, wrong.shape), strict=True)
@@ -276,7 +283,31 @@ def _confusion(run: RunFolder, drawn: dict[str, Any]) -> dict[str, Any] | None:
         )
         for t in range(len(counts) if written else 0)
     ]
-    return {"sentence": sentence, "names": names, "rows": rows, "svg": svg, "pairs": pairs}
+    return {
+        "sentence": sentence,
+        "names": names,
+        "short": max(map(len, names)) <= 3,
+        "rows": rows,
+        "svg": svg,
+        "pairs": pairs,
+    }
+
+
+def _bins(run: RunFolder) -> list[tuple[str, str, str, str]]:
+    """The filled bins of the reliability diagram: range, samples, confidence, accuracy."""
+    table = (run.result or {}).get("reliability") or {}
+    return [
+        (f"{low:.2f} to {high:.2f}", f"{int(count):,}", percent(confidence), percent(accuracy))
+        for low, high, count, confidence, accuracy in zip(
+            table.get("edges", ())[:-1],
+            table.get("edges", ())[1:],
+            table.get("count", ()),
+            table.get("confidence", ()),
+            table.get("accuracy", ()),
+            strict=True,
+        )
+        if count
+    ]
 
 
 def _per_class(run: RunFolder) -> dict[str, Any] | None:

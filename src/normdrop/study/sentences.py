@@ -36,6 +36,9 @@ __all__ = [
 
 Array = NDArray[Any]
 
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+#: A space at which no line breaks.
+NBSP = "\u00a0"
 #: Below this |γ| a channel counts as dead: its output is the constant α, whatever comes in.
 DEAD = 1e-3
 #: Below this running variance a channel's input hardly varies from one sample to the next.
@@ -52,52 +55,60 @@ class Sentence:
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent where that stays short.
+    """Three significant digits, with a power of ten only where they would be long without.
 
     Example:
-        >>> number(0.123456), number(1234567.0), number(0.00001234), number(0.0)
-        ('0.123', '1,230,000', '1.23e-05', '0')
+        >>> number(0.123456), number(1234567.0), number(-0.00001234), number(0.0)
+        ('0.123', '1,230,000', '−1.23×10⁻⁵', '0')
     """
     value = float(value)
     if not np.isfinite(value):
         return "not a number" if np.isnan(value) else ("∞" if value > 0 else "−∞")
     if value == 0:
         return "0"
-    size = abs(value)
-    if size < 1e-3 or size >= 1e7:
-        return f"{value:.2e}".replace("-", "−", 1) if value < 0 else f"{value:.2e}"
-    digits = max(0, 2 - int(np.floor(np.log10(size))))
-    return f"{round(value, 2 - int(np.floor(np.log10(size)))):,.{digits}f}".replace("-", "−")
+    mantissa, _, power = f"{value:.2e}".partition("e")
+    exponent = int(power)
+    if -4 <= exponent < 7:
+        text = f"{float(f'{value:.2e}'):,.{max(0, 2 - exponent)}f}"
+    else:
+        text = f"{mantissa}×10{str(exponent).translate(_SUPERSCRIPT)}"
+    return text.replace("-", "−")
+
+
+def _option(value: float) -> str:
+    """A number that somebody chose, such as 0.05: without zeros at its end."""
+    text = number(value)
+    return text.rstrip("0").rstrip(".") if "." in text and "×" not in text else text
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share as a percentage, with a space, as in "97.5 %"; never rounded up to 100.
+    r"""A share as a percentage, with a no-break space; never rounded up to 100.
 
     Example:
         >>> percent(0.9754), percent(1.0), percent(0.99999)
-        ('97.5 %', '100 %', '> 99.9 %')
+        ('97.5\xa0%', '100\xa0%', '>\xa099.9\xa0%')
     """
     share = float(share)
     if not np.isfinite(share):
         return "not a number"
     if share in (0.0, 1.0):
-        return f"{share:.0%}".replace("%", " %")
+        return f"{share:.0%}".replace("%", NBSP + "%")
     text = f"{100 * share:.{digits}f}"
     if float(text) >= 100:
-        return f"> {100 - 10**-digits:.{digits}f} %"
+        return f">{NBSP}{100 - 10**-digits:.{digits}f}{NBSP}%"
     if float(text) <= 0:
-        return f"< {10**-digits:.{digits}f} %"
-    return f"{text} %"
+        return f"<{NBSP}{10**-digits:.{digits}f}{NBSP}%"
+    return f"{text}{NBSP}%"
 
 
 def probability(value: float) -> str:
-    """A probability with three digits; never rounded up to 1.
+    r"""A probability with three digits; never rounded up to 1.
 
     Example:
         >>> probability(0.98765), probability(0.99996)
-        ('0.988', '> 0.999')
+        ('0.988', '>\xa00.999')
     """
-    return "> 0.999" if 0.9995 <= value < 1 else f"{value:.3f}"
+    return f">{NBSP}0.999" if 0.9995 <= value < 1 else f"{value:.3f}"
 
 
 def duration(seconds: float) -> str:
@@ -121,6 +132,10 @@ def duration(seconds: float) -> str:
 
 def _counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count:,} times")
 
 
 def _rising_streak(values: Array) -> int:
@@ -148,8 +163,7 @@ def describe_loss(run: RunFolder) -> Sentence:
     """The curves of the loss: divergence, overfitting, no progress."""
     m = run.metrics
     epoch, train, val = m["epoch"].astype(int), m["train_loss"], m["val_loss"]
-    smoothing = run.options.get("label_smoothing") or run.options.get("training", {})
-    smoothing = smoothing.get("label_smoothing", 0) if isinstance(smoothing, dict) else smoothing
+    smoothing = run.options.get("label_smoothing") or 0
     bad = _first_bad_epoch(m, "train_loss", "val_loss")
     if bad is not None:
         return Sentence(
@@ -175,8 +189,8 @@ def describe_loss(run: RunFolder) -> Sentence:
         return Sentence(seen + ".", "Without validation losses overfitting cannot be seen here.")
     if smoothing:
         seen += (
-            f" Training used label smoothing {number(float(smoothing))}, "
-            "so compare the courses of the two curves rather than their heights."
+            f" The training loss alone includes label smoothing ({smoothing}), so compare the "
+            "courses of the two curves rather than their heights."
         )
     streak = _rising_streak(val)
     if streak >= 3 and train[-1] < train[-1 - streak]:
@@ -242,9 +256,9 @@ def describe_accuracy(run: RunFolder) -> Sentence:
     if gap > 0.1:
         return Sentence(
             seen,
-            f"The training accuracy is {100 * gap:.0f} points higher: the network fits the "
-            "training samples far better than new ones; more data, augmentation, weight decay or "
-            "a lower keep may help.",
+            f"Training accuracy ends {100 * gap:.0f} points above validation accuracy: the network "
+            "fits the training samples far better than new ones; more data, augmentation, weight "
+            "decay or a lower keep may help.",
             warning=True,
         )
     return Sentence(
@@ -269,14 +283,14 @@ def describe_learning_rate(run: RunFolder) -> Sentence:
     top = int(np.nanargmax(rate))
     if len(rate) == 1 or np.ptp(rate[np.isfinite(rate)]) <= 1e-9 * rate[top]:
         return Sentence(
-            f"The learning rate is {number(rate[top])} in every epoch recorded.",
+            f"The learning rate is {_option(rate[top])} "
+            f"{'in the only epoch' if len(rate) == 1 else 'in every epoch'} recorded.",
             "A warning sign would be a loss that jumps up and down from epoch to epoch: "
             "a lower rate towards the end usually calms it.",
         )
-    rises = f"rises to {number(rate[top])} in epoch {epoch[top]}" if top > 0 else (
-        f"starts at {number(rate[top])}"
-    )
-    seen = f"The learning rate {rises} and ends at {number(rate[-1])}."
+    peak = f"rises to {_option(rate[top])} in epoch {epoch[top]}"
+    start = f"starts at {_option(rate[top])}"
+    seen = f"The learning rate {peak if top > 0 else start} and ends at {_option(rate[-1])}."
     if run.result is not None and len(rate) >= 3 and rate[-1] > 0.5 * rate[top]:
         return Sentence(
             seen,
@@ -297,9 +311,9 @@ def describe_speed(run: RunFolder) -> Sentence:
     if not known.any():
         return Sentence("The run recorded no speed.", "So nothing can be said about it.")
     median = float(np.median(speed[known]))
-    seen = f"Training went through {number(median)} samples per second (median of the epochs)"
+    seen = f"Training went through {number(median)} samples per second"
     if known.sum() > 1:
-        seen += f", from {number(speed[known].min())} to {number(speed[known].max())}"
+        seen += f" (median of the epochs), from {number(speed[known].min())} to {number(speed[known].max())}"
     slow = epoch[known & (speed < 0.5 * median) & (epoch > epoch[0])]
     if len(slow):
         return Sentence(
@@ -332,7 +346,7 @@ def describe_confusion(run: RunFolder, confusion: Array) -> Sentence:
         truth, guess = (int(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
         seen += (
             f"; the most frequent mistake is “{names[truth]}” taken for “{names[guess]}”, "
-            f"{_counted(int(wrong[truth, guess]), 'time')}"
+            f"{_times(int(wrong[truth, guess]))}"
         )
     support, predicted = confusion.sum(1), confusion.sum(0)
     never = [names[k] for k in range(len(names)) if support[k] > 0 and predicted[k] == 0]
@@ -367,15 +381,19 @@ def describe_per_class(run: RunFolder) -> Sentence:
     rows = (run.result or {}).get("per_class", [])
     lowest = min(rows, key=lambda row: row["f1"])
     highest = max(rows, key=lambda row: row["f1"])
-    seen = (
-        f"F1, the harmonic mean of precision and recall, lies between {percent(lowest['f1'])} "
-        f"(“{lowest['class']}”) and {percent(highest['f1'])} (“{highest['class']}”)."
-    )
+    seen = "F1, the harmonic mean of precision and recall, "
+    if lowest["f1"] == highest["f1"]:
+        seen += f"is {percent(lowest['f1'])} in every class."
+    else:
+        seen += (
+            f"lies between {percent(lowest['f1'])} (“{lowest['class']}”) and "
+            f"{percent(highest['f1'])} (“{highest['class']}”)."
+        )
     small = sum(row["support"] < 20 for row in rows)
     if small:
         seen += (
             f" {_counted(small, 'class has', 'classes have')} fewer than 20 test samples, "
-            "so their figures are uncertain."
+            f"so {'its' if small == 1 else 'their'} figures are uncertain."
         )
     rare = [f"“{r['class']}”" for r in rows if r["support"] >= 10 and r["recall"] < 0.5]
     if rare:
@@ -406,12 +424,11 @@ def describe_reliability(run: RunFolder) -> Sentence:
     seen += f" The mean confidence is {percent(confidence)}, the accuracy {percent(accuracy)}."
     if error > 0.05:
         side = "too sure of itself" if confidence > accuracy else "less sure than it could be"
-        return Sentence(
-            seen,
-            f"The calibration error is above 5 points, and the network is {side}: "
-            "do not read its probabilities as frequencies.",
-            warning=True,
-        )
+        sign = f"The calibration error is above 5 points, and the network is {side}"
+        if confidence < accuracy and run.options.get("label_smoothing"):
+            sign += f" (label smoothing, here {run.options['label_smoothing']}, is a usual reason)"
+        sign += ": do not read its probabilities as frequencies."
+        return Sentence(seen, sign, warning=True)
     return Sentence(
         seen, "A warning sign would be a calibration error above 5 points; here it is lower."
     )
@@ -450,8 +467,9 @@ def describe_mistakes(run: RunFolder) -> Sentence:
     if sure:
         return Sentence(
             seen,
-            f"In {_counted(sure, 'mistake')} the network gave the wrong class 0.99 or more: "
-            "check these labels first, since such samples are often mislabelled or ambiguous.",
+            f"In {_counted(sure, 'mistake')} the network gave the wrong class 0.99 or more: check "
+            f"{'this label' if sure == 1 else 'these labels'} first, since such samples are often "
+            "mislabelled or ambiguous.",
             warning=True,
         )
     return Sentence(
@@ -561,12 +579,12 @@ def describe_norm(layers: tuple[NormLayer, ...], part: str) -> Sentence:
             layer, channel = still[0]
             return Sentence(
                 seen,
-                f"The input of {_counted(len(still), 'channel')} hardly varies (variance < 1e-8), "
+                f"The input of {_counted(len(still), 'channel')} hardly varies (variance < 10⁻⁸), "
                 f"the first being channel {channel} of {layer.name}: nothing arrives there.",
                 warning=True,
             )
         sign = (
-            "A warning sign would be a variance below 1e-8, a channel at which nothing arrives; "
+            "A warning sign would be a variance below 10⁻⁸, a channel at which nothing arrives; "
             "there is none."
         )
     return Sentence(seen, broken, warning=True) if broken else Sentence(seen, sign)
