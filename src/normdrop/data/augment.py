@@ -58,6 +58,8 @@ class Augmentation:
         self.names, self.seed = tuple(names), seed
 
     def __call__(self, images: np.ndarray, batch: Batch) -> np.ndarray:
+        if not self.names:
+            return images
         count, _, height, width = images.shape
         mine = slice(batch.first, batch.first + count)
         for name in self.names:

@@ -62,7 +62,9 @@ class Batches:
         self.count, self.shuffle, self.seed = count, shuffle, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        starts = list(range(0, count, max(batch_size, 2 * world_size)))
+        # A multiple of the number of processes, so that only the last batch can be uneven.
+        step = max(batch_size // world_size, 2) * world_size
+        starts = list(range(0, count, step))
         if len(starts) > 1 and count - starts[-1] < 2 * world_size:
             starts.pop()
         self.starts = starts

@@ -41,7 +41,7 @@ class Digits(DataModule):
             store=InMemory(pixels),
             labels=digits.target.astype(np.int64),
             classes=tuple(str(name) for name in digits.target_names),
-            name_of=lambda i: f"digits[{i}]",
+            names=[f"digits[{i}]" for i in range(len(pixels))],
         )
 
     def _encoding(self) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Images:
         )
 
     def read(self, paths: Iterable[str | Path]) -> Iterator[tuple[str, Tensor]]:
-        from normdrop.data.images import read, walk
+        from normdrop.data.images import read, to_float, walk
 
         for given in paths:
             path = Path(given)
@@ -77,8 +77,8 @@ class Images:
             if not files:
                 raise UserError(f"folder {str(path)!r} has no images")
             for file in files:
-                array = np.ascontiguousarray(read(file, self.rule))
-                yield str(file), torch.from_numpy(array).float().div_(255)
+                pixels = np.ascontiguousarray(read(file, self.rule))
+                yield str(file), torch.from_numpy(to_float(pixels))
 
 
 class Rows:

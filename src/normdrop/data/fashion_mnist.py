@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.client
 import os
+import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -75,7 +76,9 @@ class FashionMNIST(DataModule):
         if self.folder is not None:
             contents = _read_given(self.folder)
         elif has_idx_files(DEBIAN_FOLDER):
-            contents = {name: _read_checked(DEBIAN_FOLDER, name) for name in CONTENT_SHA256}
+            contents = {
+                name: _read_checked(DEBIAN_FOLDER / f"{name}.gz", name) for name in CONTENT_SHA256
+            }
         else:
             contents = _read_cache()
         parts = []
@@ -104,7 +107,8 @@ class FashionMNIST(DataModule):
             store=InMemory(np.concatenate([train, test])[:, None]),
             labels=labels,
             classes=classes,
-            name_of=lambda i: f"train[{i}]" if i < len(train) else f"test[{i - len(train)}]",
+            names=[f"train[{i}]" for i in range(len(train))]
+            + [f"test[{i}]" for i in range(len(test))],
             splits={
                 "train": np.arange(len(train)),
                 "test": np.arange(len(train), len(train) + len(test)),
@@ -154,9 +158,7 @@ def _unpacked(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read ({error}); replace it by a good copy") from error
 
 
-def _read_checked(folder: Path, name: str) -> bytes:
-    path = _find(folder, name)
-    assert path is not None
+def _read_checked(path: Path, name: str) -> bytes:
     content = _unpacked(path)
     if hashlib.sha256(content).hexdigest() != CONTENT_SHA256[name]:
         raise UserError(
@@ -176,10 +178,11 @@ def _read_cache() -> dict[str, bytes]:
     folder = cache_folder()
 
     def content(name: str) -> bytes:
-        if _find(folder, name) is None:
+        path = _find(folder, name)
+        if path is None:
             return _download(name, folder)
         try:
-            return _read_checked(folder, name)
+            return _read_checked(path, name)
         except UserError:
             return _download(name, folder)
 
@@ -196,7 +199,9 @@ def _download(name: str, folder: Path) -> bytes:
         with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer:
             raw = answer.read(MOST_BYTES + 1)
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
+        reason = error.reason if type(error) is urllib.error.URLError else error
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         raise UserError(
             f"Fashion-MNIST cannot be downloaded from {address} ({reason}); {instead}"
         ) from error

@@ -106,8 +106,12 @@ class ImageFolder(DataModule):
             store=store,
             labels=np.array([label for _, label, _ in chosen], dtype=np.int64),
             classes=classes,
-            name_of=lambda i: str(paths[i]),
-            splits={str(part): np.flatnonzero(parts == part) for part in np.unique(parts) if part},
+            names=[str(path) for path in paths],
+            splits={
+                part: np.flatnonzero(parts == part)
+                for part in sorted({part for _, _, part in files})
+                if part
+            },
             identity=[
                 [path.relative_to(self.path).as_posix(), path.stat().st_size] for path in paths
             ]
@@ -201,6 +205,8 @@ def _folders(path: Path) -> list[Path]:
 
 def _find_files(root: Path) -> tuple[tuple[str, ...], list[tuple[Path, int, str]]]:
     """Classes, and (path, class, part) of every file that is not junk; part is "" if unsplit."""
+    if not root.is_dir():
+        raise UserError(f"data must be a folder of images by class, but {root} is none")
     below = {path.name.lower(): path for path in _folders(root)}
     parts = {
         part: below[name]

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from normdrop.errors import UserError
 
-__all__ = ["Rule", "Unreadable", "decode", "is_junk", "look", "read", "walk"]
+__all__ = ["Rule", "Unreadable", "decode", "is_junk", "look", "read", "to_float", "walk"]
 
 GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I")
 JUNK_SUFFIXES = (
@@ -55,6 +55,7 @@ def look(path: Path) -> tuple[int, int, bool]:
     """
     try:
         with Image.open(path) as image:
+            _check_mode(image)
             width, height = image.size
             if image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
                 width, height = height, width
@@ -74,8 +75,7 @@ def decode(path: Path, rule: Rule) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
+            _check_mode(image)
             # Decode a large JPEG at a fraction of its size, but never below what is needed.
             if image.format == "JPEG" and rule.height and rule.width:
                 side = max(rule.height, rule.width) * 2
@@ -90,6 +90,11 @@ def decode(path: Path, rule: Rule) -> np.ndarray:
         plain = ImageOps.fit(plain, size, Image.Resampling.BILINEAR)
     array = np.asarray(plain, dtype=np.uint8)
     return array[None] if rule.channels == 1 else np.moveaxis(array, 2, 0)
+
+
+def to_float(pixels: np.ndarray) -> np.ndarray:
+    """uint8 pixels as float32 in [0, 1]; training and prediction must round alike."""
+    return np.divide(pixels, np.float32(255), dtype=np.float32)
 
 
 def read(path: Path, rule: Rule) -> np.ndarray:
@@ -110,6 +115,12 @@ def _plain(image: Image.Image, mode: str) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image).convert("RGB")
     return image if image.mode == mode else image.convert(mode)
+
+
+def _check_mode(image: Image.Image) -> None:
+    # Nothing says which numbers are black and white.
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
 
 
 def _has_grey_palette(image: Image.Image) -> bool:

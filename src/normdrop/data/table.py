@@ -80,13 +80,12 @@ class Table(DataModule):
             raise UserError(f"{self.path} must have a column beside the target {target!r}")
         self._target, self._features = target, features
         part_of = np.asarray(frame.index.get_level_values("part"))
-        rows = list(frame.index)
         return Samples(
             # The inputs depend on the training part: _fit makes them.
             store=InMemory(np.zeros((len(frame), 0), np.float32)),
             labels=labels,
             classes=classes,
-            name_of=lambda i: f"{rows[i][0]} row {rows[i][1] + 1}".strip(),
+            names=[f"{part} row {row + 1}".strip() for part, row in frame.index],
             splits={part: np.flatnonzero(part_of == part) for part in frames if part},
         )
 
@@ -106,7 +105,8 @@ class Table(DataModule):
         return str(named[0] if named else frame.columns[-1])
 
     def _without_missing(self, frame: pd.DataFrame) -> pd.DataFrame:
-        frame = frame.replace([np.inf, -np.inf], np.nan)
+        for name in frame.select_dtypes("float").columns:
+            frame[name] = frame[name].replace([np.inf, -np.inf], np.nan)
         counts = frame.isna().sum()
         counts = counts[counts > 0]
         if not len(counts):
@@ -259,6 +259,7 @@ def _describe(values: pd.Series, name: str, standardize: bool, path: Path) -> di
 
 
 def _classes(values: pd.Series, target: str) -> tuple[tuple[str, ...], np.ndarray]:
+    import pandas as pd
     from pandas.api import types
 
     numeric = types.is_numeric_dtype(values) and not types.is_bool_dtype(values)
@@ -275,9 +276,7 @@ def _classes(values: pd.Series, target: str) -> tuple[tuple[str, ...], np.ndarra
             f"put its values into classes"
         )
     names = [str(int(value)) if whole else str(value) for value in distinct]
-    codes = np.searchsorted(
-        np.asarray(distinct), np.asarray(values if numeric else values.astype(str))
-    )
+    codes = pd.Index(distinct).get_indexer(pd.Index(values if numeric else values.astype(str)))
     return tuple(names), codes.astype(np.int64)
 
 
