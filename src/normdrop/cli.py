@@ -217,12 +217,13 @@ def _add_arguments(parser: Any, command: Callable[..., None]) -> dict[str, type]
             group = groups[key] = typing.cast(type, hints[key])
             section = parser.add_argument_group(_first_line(group))
             field_helps, field_hints = _argument_helps(group), typing.get_type_hints(group)
+            defaults = group()
             for field in dataclasses.fields(group):
                 _add_flag(
                     section,
                     field.name,
                     field_hints[field.name],
-                    field.default,
+                    getattr(defaults, field.name),
                     field_helps[field.name],
                 )
         elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD:

@@ -19,11 +19,11 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from normdrop.errors import UserError
 from normdrop.files import write_atomically, write_text
+from normdrop.training.runs import cannot_write
 from normdrop.training.task import Task
 
-__all__ = ["COLUMNS", "AtomicCheckpoints", "Display", "Record", "silence"]
+__all__ = ["COLUMNS", "AtomicCheckpoints", "Display", "Record", "say", "silence"]
 
 COLUMNS = (
     "epoch",
@@ -120,19 +120,6 @@ class Record(pl.callbacks.Checkpoint):  # type: ignore[misc]
         write_text(self.folder / "metrics.csv", text.getvalue())
 
 
-def cannot_write(error: OSError, folder: Path) -> UserError:
-    """One sentence for a full disk or a folder that cannot be written."""
-    whole = (folder / "checkpoints" / "last.ckpt").exists()
-    return UserError(
-        f"Cannot write to {folder} ({error.strerror or error}); make room or allow writing there, "
-        + (
-            f"then go on from the last whole epoch with: normdrop train --resume {folder}"
-            if whole
-            else f"then start again with: normdrop train --resume {folder}"
-        )
-    )
-
-
 class Display(pl.Callback):  # type: ignore[misc]
     """A progress bar on a terminal, and a line an epoch everywhere.
 
@@ -190,7 +177,7 @@ class Display(pl.Callback):  # type: ignore[misc]
             assert isinstance(pl_module, Task)
             row = pl_module.row
             width = len(str(self.epochs))
-            Console(highlight=False, soft_wrap=True).print(
+            say(
                 f"epoch {row['epoch']:{width}}/{self.epochs}  "
                 + figures(row["train_loss"], row["train_accuracy"], row["images_per_second"])
                 + f"  validation: loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}"
@@ -210,6 +197,13 @@ class Display(pl.Callback):  # type: ignore[misc]
 def figures(loss: float, accuracy: float, speed: float) -> str:
     """Loss, accuracy and speed as the terminal shows them."""
     return f"loss {loss:.4f}  accuracy {accuracy:.2%}  {speed:,.0f} samples/s"
+
+
+def say(thing: Any) -> None:
+    """Print a line or a table; long lines are left to the terminal."""
+    Console(
+        highlight=False, soft_wrap=isinstance(thing, str), markup=not isinstance(thing, str)
+    ).print(thing)
 
 
 def silence() -> None:

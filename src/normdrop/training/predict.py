@@ -17,7 +17,8 @@ from torch import Tensor
 from normdrop import data
 from normdrop.errors import UserError
 from normdrop.files import write_text
-from normdrop.training.evaluate import load_network, predict_batches
+from normdrop.training.measure import predict_batches
+from normdrop.training.weights import load_network
 
 __all__ = ["predict", "predictions"]
 

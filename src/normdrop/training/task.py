@@ -141,7 +141,7 @@ class Task(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the step's seed and learning rate, both functions of the step alone."""
-        # torch.manual_seed takes 6 ms and keeps a stack trace for each kind of device it has not seen.
+        # torch.manual_seed takes 6 ms, and keeps stack traces for devices that are not there.
         seed = step_seed(self.seed, self.global_step, self.global_rank)
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":

@@ -1,0 +1,163 @@
+"""What a network is worth on a split: accuracy, per class, confusion, calibration."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from torch import Tensor
+
+import normdrop
+
+__all__ = ["count_parameters", "machine", "measure", "predict_batches", "wilson_interval"]
+
+BINS = 15
+
+
+def measure(probabilities: Tensor, labels: Tensor, classes: Iterable[str]) -> dict[str, Any]:
+    """Everything that is measured on a split, ready for JSON.
+
+    Args:
+        probabilities: (n, k), each row sums to 1.
+        labels: (n,) class indices.
+        classes: the k names.
+
+    Returns:
+        count, accuracy with its 95 % interval, loss, calibration_error, per_class, confusion (rows
+        are the truth) and reliability, as in result.json.
+
+    Example:
+        >>> result = measure(torch.eye(2), torch.tensor([0, 1]), ["cat", "dog"])
+        >>> result["accuracy"], result["confusion"]
+        (1.0, [[1, 0], [0, 1]])
+    """
+    names = list(classes)
+    truth = labels.numpy()
+    guess = probabilities.argmax(1).numpy()
+    count = len(truth)
+    right = int((truth == guess).sum())
+    every = list(range(len(names)))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        truth, guess, labels=every, zero_division=0.0
+    )
+    given = probabilities.double().gather(1, labels[:, None]).clamp_min(1e-12)
+    reliability, error = _reliability(probabilities, labels)
+    return {
+        "count": count,
+        "accuracy": right / count,
+        "accuracy_interval": list(wilson_interval(right, count)),
+        "loss": float(-given.log().mean()),
+        "calibration_error": error,
+        "per_class": [
+            {
+                "class": name,
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+                "support": int(support[i]),
+            }
+            for i, name in enumerate(names)
+        ],
+        "confusion": confusion_matrix(truth, guess, labels=every).tolist(),
+        "reliability": reliability,
+    }
+
+
+def wilson_interval(right: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """The 95 % interval of a share, right / count, which stays inside [0, 1].
+
+    Example:
+        >>> low, high = wilson_interval(98, 100)
+        >>> round(low, 3), round(high, 3)
+        (0.93, 0.994)
+
+    Reference:
+        Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
+    """
+    share = right / count
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def _reliability(probabilities: Tensor, labels: Tensor) -> tuple[dict[str, Any], float]:
+    """Confidence and accuracy in 15 bins of confidence, and their expected distance (ECE).
+
+    Reference:
+        Guo et al., On Calibration of Modern Neural Networks, 2017.
+    """
+    confidence, guess = (value.numpy() for value in probabilities.double().max(1))
+    right = guess == labels.numpy()
+    edges = np.linspace(0, 1, BINS + 1)
+    # A bin holds its upper edge, not its lower one, as in the paper.
+    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    count = np.bincount(place, minlength=BINS)
+    total = np.maximum(count, 1)
+    mean_confidence = np.bincount(place, weights=confidence, minlength=BINS) / total
+    mean_accuracy = np.bincount(place, weights=right, minlength=BINS) / total
+    error = float((count * np.abs(mean_accuracy - mean_confidence)).sum() / max(len(right), 1))
+    return {
+        "edges": edges.tolist(),
+        "confidence": mean_confidence.tolist(),
+        "accuracy": mean_accuracy.tolist(),
+        "count": count.tolist(),
+    }, error
+
+
+@torch.no_grad()
+def predict_batches(
+    network: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """The class probabilities (n, k) float32 and the labels (n,) of all batches, in order."""
+    network.eval()
+    dtype = next(network.parameters()).dtype
+    probabilities, labels = [], []
+    for x, y in batches:
+        probabilities.append(network(x.to(dtype)).double().softmax(1).float())
+        labels.append(y)
+    return torch.cat(probabilities), torch.cat(labels)
+
+
+def count_parameters(network: torch.nn.Module) -> dict[str, int]:
+    """Θ, the γ and α that batch norm adds, and the nodes K that it normalizes.
+
+    Example:
+        >>> count_parameters(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5)))
+        {'theta': 20, 'gamma_alpha': 10, 'norm_nodes': 5}
+    """
+    norms = [
+        module
+        for module in network.modules()
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    ]
+    added = sum(p.numel() for module in norms for p in module.parameters(recurse=False))
+    return {
+        "theta": sum(p.numel() for p in network.parameters()) - added,
+        "gamma_alpha": added,
+        "norm_nodes": sum(module.num_features for module in norms),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The processor, threads and versions that a figure was measured with."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "normdrop": normdrop.__version__,
+        "kernels": bool(normdrop.has_kernels()),
+    }

@@ -1,0 +1,101 @@
+"""What ``normdrop evaluate`` and ``normdrop describe`` print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from normdrop.errors import UserError
+from normdrop.training.callbacks import say
+from normdrop.training.evaluate import evaluate as measure_run
+
+__all__ = ["describe", "evaluate"]
+
+
+def evaluate(run: Path, *, data: str | None, split: str, as_json: bool) -> None:
+    """Test a run's network and print what comes out."""
+    result = measure_run(run, source=data, split=split)
+    if as_json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+        return
+    low, high = result["accuracy_interval"]
+    right = round(result["accuracy"] * result["count"])
+    say(f"{run.name} on {result['data']}, {result['split']} split")
+    say(
+        f"accuracy {result['accuracy']:.2%} ({right:,} of {result['count']:,}; 95 % interval "
+        f"{low:.2%} to {high:.2%}), loss {result['loss']:.4f}, "
+        f"calibration error {result['calibration_error']:.3f}"
+    )
+    say(_per_class(result))
+    say(_confusion(result))
+
+
+def _per_class(result: dict[str, Any]) -> Table:
+    table = Table("class", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("precision", "recall", "f1", "support"):
+        table.add_column(name, justify="right")
+    for row in result["per_class"]:
+        shares = [f"{row[name]:.2%}" for name in ("precision", "recall", "f1")]
+        table.add_row(str(row["class"]), *shares, f"{row['support']:,}")
+    return table
+
+
+def _confusion(result: dict[str, Any]) -> Table:
+    names = [str(row["class"]) for row in result["per_class"]]
+    table = Table("truth \\ answer", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for place, counts in enumerate(result["confusion"]):
+        shown = [str(count) if count else "·" for count in counts]
+        shown[place] = f"[bold]{shown[place]}[/bold]"
+        table.add_row(names[place], *shown)
+    return table
+
+
+def describe(run: Path | None, *, model: str, size: str, classes: int | None) -> None:
+    """Print a network's layers."""
+    import normdrop
+    from normdrop import networks
+
+    if run is not None:
+        from normdrop.training.runs import read_run
+
+        record = read_run(run)["network"]
+        shape = tuple(record["input_shape"])
+        network = networks.build(
+            record["name"],
+            classes=len(record["classes"]),
+            input_shape=shape,
+            **record["options"],
+        )
+        print(normdrop.describe(network, _channels_last(shape)))
+        return
+    numbers = parse_size(size)
+    shape = (numbers[2], *numbers[:2]) if len(numbers) == 3 else numbers
+    count = classes or (1000 if len(numbers) == 3 and min(numbers[:2]) >= 224 else 10)
+    network = networks.build(model, classes=count, input_shape=shape)
+    print(normdrop.describe(network, numbers))
+
+
+def parse_size(text: str) -> tuple[int, ...]:
+    """An input's size, as in 224x224x3 (height, width, channels) or 784.
+
+    Example:
+        >>> parse_size("224x224x3"), parse_size("784")
+        ((224, 224, 3), (784,))
+    """
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) not in (1, 3) or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(
+            "Expected input such as 224x224x3 (height, width, channels) or 784 (features), "
+            f"but got {text!r}"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[1:], shape[0]) if len(shape) == 3 else shape
