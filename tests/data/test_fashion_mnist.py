@@ -25,7 +25,7 @@ def server(tmp_path, monkeypatch):
             asked.append(self.path)
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
         thread.start()
         address = f"http://127.0.0.1:{running.server_address[1]}"
         monkeypatch.setattr(fashion_mnist, "BASE_ADDRESS", address)
@@ -100,7 +100,7 @@ def test_fashion_refuses_a_damaged_download(tiny_is_published, tiny_idx, write_i
             "page": b"<html>Please log in</html>",
         }[damage]
     )
-    with pytest.raises(UserError, match="sent is not Fashion-MNIST's file.*checksum") as caught:
+    with pytest.raises(UserError, match=r"sent is not Fashion-MNIST's file.*checksum") as caught:
         load("fashion-mnist").setup()
     assert str(tiny_is_published) in str(caught.value)
     # Nothing half-done stays behind.
@@ -123,7 +123,7 @@ def test_fashion_without_a_network_says_what_to_install_or_fill(tiny_is_publishe
 
 
 def test_fashion_of_a_server_without_the_file_is_an_error(tiny_is_published, server):
-    with pytest.raises(UserError, match="cannot be downloaded from .*HTTP Error 404"):
+    with pytest.raises(UserError, match=r"cannot be downloaded from .*HTTP Error 404"):
         load("fashion-mnist").setup()
 
 
@@ -146,7 +146,7 @@ def test_fashion_prefers_debians_folder(tiny_is_published, tiny_idx, write_idx, 
 def test_fashion_names_a_damaged_file_of_debians(tiny_is_published, tiny_idx, write_idx):
     tiny_idx["t10k-labels-idx1-ubyte"] += b"x"
     write_idx(fashion_mnist.DEBIAN_FOLDER, tiny_idx)
-    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte.gz is not Fashion-MNIST's file"):
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte.gz is not Fashion-MNIST's file"):
         load("fashion-mnist").setup()
 
 
@@ -155,7 +155,7 @@ def test_fashion_given_folder_must_exist_and_hold_the_files(tmp_path, tiny_idx, 
         load("fashion-mnist", folder=tmp_path / "nowhere").setup()
     folder = write_idx(tmp_path / "tiny", tiny_idx)
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(UserError, match="must hold t10k-labels-idx1-ubyte.gz, but it does not"):
+    with pytest.raises(UserError, match=r"must hold t10k-labels-idx1-ubyte.gz, but it does not"):
         load("fashion-mnist", folder=folder).setup()
 
 
@@ -176,7 +176,7 @@ def test_fashion_given_files_are_checked(tmp_path, tiny_idx, write_idx, name, ch
 def test_fashion_given_files_that_are_no_gzip_are_an_error(tmp_path, tiny_idx, write_idx):
     folder = write_idx(tmp_path / "tiny", tiny_idx)
     (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(b"no gzip")
-    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte.gz cannot be read"):
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte.gz cannot be read"):
         load(folder).setup()
 
 

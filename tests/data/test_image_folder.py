@@ -68,11 +68,17 @@ def test_mixed_modes_and_sizes_become_one(image_folder):
 
 def test_image_size_option(image_folder):
     root = image_folder({"a": 5, "b": 5}, size=(40, 60))
-    for size, shape in [(24, (3, 24, 24)), ((20, 28), (3, 20, 28)), (None, (3, 40, 60))]:
+    for size, shape in [
+        (24, (3, 24, 24)),
+        ((20, 28), (3, 20, 28)),
+        ("8x9", (3, 8, 9)),
+        ("12", (3, 12, 12)),
+        (None, (3, 40, 60)),
+    ]:
         data = load(root, image_size=size)
         data.setup()
         assert data.input_shape == shape
-    for wrong in (0, (3, 4, 5), (8, -1)):
+    for wrong in (0, (3, 4, 5), (8, -1), "big", ""):
         with pytest.raises(UserError, match="image_size must be one or two numbers of at least 1"):
             load(root, image_size=wrong)
 
@@ -100,9 +106,9 @@ def test_image_that_vanishes_during_a_run_is_named(image_folder):
     data = load(root, memory_budget=0)
     data.setup()
     (root / "a" / "3.png").unlink()
+    loaders = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader()]
     with pytest.raises(UserError, match=r"a/3\.png' cannot be read any more"):
-        for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
-            list(loader)
+        _ = [list(loader) for loader in loaders]
 
 
 @pytest.mark.parametrize("memory_budget", [0, 2**20])
@@ -175,7 +181,9 @@ def test_empty_class_folder_is_an_error(image_folder, junk):
     (root / "empty").mkdir()
     if junk:
         (root / "empty" / ".DS_Store").write_bytes(b"")
-    with pytest.raises(UserError, match="class folder .*empty holds no images; put images into it"):
+    with pytest.raises(
+        UserError, match=r"class folder .*empty holds no images; put images into it"
+    ):
         load(root).setup()
 
 
@@ -194,7 +202,7 @@ def test_folder_with_loose_images_is_an_error(image_folder, tmp_path):
 
 def test_class_in_test_that_training_never_saw_is_an_error(image_folder):
     root = image_folder({"train/a": 4, "train/b": 4, "test/a": 2, "test/bird": 1})
-    with pytest.raises(UserError, match="the test part of pets has a class that.*: 'bird'"):
+    with pytest.raises(UserError, match=r"the test part of pets has a class that.*: 'bird'"):
         load(root).setup()
 
 

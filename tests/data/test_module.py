@@ -39,8 +39,8 @@ def test_module_splits_are_disjoint_and_complete():
     data = Made([0, 1] * 50, validation=0.25, test=0.2)
     data.setup()
     assert data.sizes == {"train": 60, "val": 20, "test": 20}
-    names = [data.names(split, range(n)) for split, n in data.sizes.items()]
-    assert sorted(sum(names, [])) == sorted(f"sample {i}" for i in range(100))
+    names = [name for split, n in data.sizes.items() for name in data.names(split, range(n))]
+    assert sorted(names) == sorted(f"sample {i}" for i in range(100))
 
 
 def test_module_batches_pair_images_with_their_labels():

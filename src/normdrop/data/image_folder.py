@@ -48,7 +48,7 @@ class ImageFolder(DataModule):
         self,
         path: str | Path,
         *,
-        image_size: int | tuple[int, int] | None = None,
+        image_size: int | str | tuple[int, int] | None = None,
         skip_unreadable: bool = False,
         memory_budget: int = 2 * 2**30,
         **options: Any,
@@ -190,13 +190,20 @@ def _looked(path: Path) -> tuple[int, int, bool] | str:
         return str(error)
 
 
-def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def _check_size(size: int | str | Sequence[int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or any(side < 1 for side in sides):
-        raise UserError(f"image_size must be one or two numbers of at least 1, but got {size}")
-    return sides[0], sides[1]
+    try:
+        parts = size.lower().split("x") if isinstance(size, str) else size
+        sides = [int(side) for side in ([parts] if isinstance(parts, int) else parts)]
+    except (TypeError, ValueError):
+        sides = []
+    if len(sides) not in (1, 2) or any(side < 1 for side in sides):
+        raise UserError(
+            f"image_size must be one or two numbers of at least 1, such as 64 or 48x64 (height x "
+            f"width), but got {size!r}"
+        )
+    return sides[0], sides[-1]
 
 
 def _folders(path: Path) -> list[Path]:

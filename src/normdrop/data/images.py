@@ -94,7 +94,7 @@ def decode(path: Path, rule: Rule) -> np.ndarray:
 
 def to_float(pixels: np.ndarray) -> np.ndarray:
     """uint8 pixels as float32 in [0, 1]; training and prediction must round alike."""
-    return np.divide(pixels, np.float32(255), dtype=np.float32)
+    return np.asarray(np.divide(pixels, np.float32(255), dtype=np.float32))
 
 
 def read(path: Path, rule: Rule) -> np.ndarray:

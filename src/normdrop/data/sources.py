@@ -25,11 +25,11 @@ def load(
     test: float = 0.2,
     augment: bool | str | Sequence[str] | None = None,
     folder: str | Path | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | str | tuple[int, int] | None = None,
     skip_unreadable: bool = False,
     memory_budget: int = 2 * 2**30,
     target: str | None = None,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     missing: str = "error",
     standardize: bool = True,
 ) -> DataModule:
@@ -41,15 +41,16 @@ def load(
             folder with train and test tables.
         batch_size, seed, validation, test, augment: see :class:`normdrop.data.DataModule`.
         folder: fashion-mnist only: where its four files lie.
-        image_size: image folders only: height and width, or one number for both; by default the
-            size of the images if they share one, else a square that suits them.
+        image_size: image folders only: (height, width), "48x64", or one number for both; by
+            default the size of the images if they share one of at most 256, else a square that
+            suits them, of at most 224.
         skip_unreadable: image folders only: leave out images that cannot be read, listed in
             ``skipped``, rather than raise.
         memory_budget: image folders only: bytes of decoded pixels to keep in memory; larger
             folders are decoded batch by batch.
         target: tables only: the column of the classes; by default the one named target, label or
             class, else the last.
-        ignore: tables only: columns to leave out.
+        ignore: tables only: columns to leave out, as a sequence or with commas between.
         missing: tables only: "error", or "drop" to leave out rows with missing values.
         standardize: tables only: numeric columns to mean 0 and deviation 1 over the training
             samples; False leaves that to batch normalization at the input.
@@ -63,6 +64,8 @@ def load(
         >>> x.shape, y.dtype
         (torch.Size([64, 1, 8, 8]), torch.int64)
     """
+    if isinstance(ignore, str):
+        ignore = [name.strip() for name in ignore.split(",") if name.strip()]
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "seed": seed,
