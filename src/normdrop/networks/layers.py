@@ -94,7 +94,8 @@ def check_count(name: str, count: object) -> int:
 def check_image(shape: Sequence[int], least: int, who: str) -> None:
     """Raise UserError if an image of (…, H, W) is smaller than ``least`` on a side.
 
-    ``torch.fx`` records this check as one call, so that the networks remain traceable.
+    ``torch.fx`` records this check as one call, so that the networks remain traceable. It does so
+    only for calls through this module: ``layers.check_image(...)``.
     """
     height, width = shape[-2], shape[-1]
     if height < least or width < least:

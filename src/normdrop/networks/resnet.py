@@ -7,9 +7,9 @@ from torch import Tensor
 
 from normdrop import nn
 from normdrop.errors import UserError
+from normdrop.networks import layers as pieces
 from normdrop.networks.layers import (
     check_count,
-    check_image,
     check_keep,
     dropout,
     initialize,
@@ -268,7 +268,7 @@ class ResNet(torch.nn.Module):
         return self.fc
 
     def forward(self, x: Tensor) -> Tensor:
-        check_image(x.shape, self.least_size, self._name)
+        pieces.check_image(x.shape, self.least_size, self._name)
         x = self.input_drop(self.input_norm(x))
         x = self.maxpool(self.bn1(self.conv1(x)))
         for stage in self.stages:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from normdrop import nn
 from normdrop.errors import UserError
+from normdrop.networks import layers as pieces
 from normdrop.networks.layers import (
     check_count,
-    check_image,
     check_keep,
     dropout,
     initialize,
@@ -130,7 +130,7 @@ class VGG(torch.nn.Module):
         return cast(torch.nn.Linear, self.classifier[6])
 
     def forward(self, x: Tensor) -> Tensor:
-        check_image(x.shape, self.least_size, "vgg")
+        pieces.check_image(x.shape, self.least_size, "vgg")
         x = self.features(self.input_drop(self.input_norm(x)))
         logits: Tensor = self.classifier(self.avgpool(x).flatten(1))
         return logits

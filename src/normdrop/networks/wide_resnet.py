@@ -5,9 +5,9 @@ from torch import Tensor
 
 from normdrop import nn
 from normdrop.errors import UserError
+from normdrop.networks import layers as pieces
 from normdrop.networks.layers import (
     check_count,
-    check_image,
     check_keep,
     dropout,
     initialize,
@@ -159,7 +159,7 @@ class WideResNet(torch.nn.Module):
         return self.fc
 
     def forward(self, x: Tensor) -> Tensor:
-        check_image(x.shape, self.least_size, self._name)
+        pieces.check_image(x.shape, self.least_size, self._name)
         x = self.conv1(self.input_drop(self.input_norm(x)))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
