@@ -8,20 +8,19 @@
 STABLE_TORCH_LIBRARY(normdrop, m) {
   // Batch normalization (batch_norm.cpp).
   //
-  // y = drop(act((x - mean) / sqrt(var + eps) * weight + bias + residual)), x: (N, C, ...), where
+  // y = act((x - mean) / sqrt(var + eps) * weight + bias + residual), x: (N, C, ...), where
   // act(z) = z for z > 0 and slope * z elsewhere: slope 1 is the identity, 0 is ReLU. In training
   // mean and var are the batch's, var biased; else they are running_mean and running_var. Both
   // are given back in float64. `positive` has one bit an element, the sign of what went into the
   // activation, where backward cannot work it out from x alone; else it is empty.
   m.def(
       "batch_norm(Tensor x, Tensor? running_mean, Tensor? running_var, Tensor? weight, "
-      "Tensor? bias, Tensor? residual, bool training, float eps, float slope, float keep, "
-      "Tensor? seed, int sample_offset) "
+      "Tensor? bias, Tensor? residual, bool training, float eps, float slope) "
       "-> (Tensor y, Tensor mean, Tensor var, Tensor positive)");
   m.def(
       "batch_norm_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
-      "Tensor? bias, Tensor positive, bool training, float eps, float slope, float keep, "
-      "Tensor? seed, int sample_offset, bool need_x, bool need_vectors, bool need_residual) "
+      "Tensor? bias, Tensor positive, bool training, float eps, float slope, bool need_x, "
+      "bool need_vectors, bool need_residual) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
   // r <- (1 - momentum) r + momentum * batch, with the unbiased variance n / (n - 1) * var.
   // nonfinite: 0 propagates, 1 skips the update, 2 raises.
@@ -30,6 +29,17 @@ STABLE_TORCH_LIBRARY(normdrop, m) {
       "Tensor var, int count, float momentum, int nonfinite) -> ()");
 
   // Dropout (dropout.cpp).
+  //
+  // y = scale * x + shift where the mask keeps, fill where it drops; shift and fill are 0 but for
+  // alpha dropout. The mask is a function of the seed and of the element's logical index, counted
+  // from sample 0 of the whole batch; see random.h. threshold = round(keep * 2^32). All elements
+  // along shared_dims (in [0, x.dim())) share one draw.
+  m.def(
+      "dropout(Tensor x, Tensor seed, int threshold, float scale, float shift, float fill, "
+      "SymInt sample_offset, int[] shared_dims) -> Tensor");
+  m.def(
+      "dropout_(Tensor(a!) x, Tensor seed, int threshold, float scale, float shift, float fill, "
+      "SymInt sample_offset, int[] shared_dims) -> ()");
 }
 
 // What `import normdrop._C` runs: nothing. Loading the file has registered the operators.

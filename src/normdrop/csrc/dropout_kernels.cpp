@@ -1,0 +1,325 @@
+// Dropout: y = scale * (r * x), r_i ~ Bernoulli(keep); alpha dropout: y = r (scale * x + shift)
+// + (1 - r) fill. The derivative is the same operation on the gradient with shift = fill = 0, so
+// the mask is drawn again from the seed and nothing is kept for backward.
+//
+// A dropped element is selected, not multiplied by zero: infinity and NaN give zero.
+// float32, bfloat16 and float16 are computed in float32, float64 in float64.
+//
+// Work is split by elements, each of which depends on its own index only; so there is no race and
+// no dependence on the number of threads.
+
+#include "dropout_kernels.h"
+
+#include "simd.h"
+
+namespace normdrop::NORMDROP_ISA {
+namespace {
+
+typedef int16_t I16Half __attribute__((vector_size(kVectorBytes / 2)));
+typedef int32_t I32Half __attribute__((vector_size(kVectorBytes / 2)));
+
+// ---- helpers
+// --------------------------------------------------------------------------------------
+
+template <class T>
+struct Coefficients {
+  using V = typename Lanes<T>::V;
+  V scale, shift, fill;
+  explicit Coefficients(const DropoutWork& work)
+      : scale(splat<V>(work.scale)), shift(splat<V>(work.shift)), fill(splat<V>(work.fill)) {}
+};
+
+// One vector: mask is all ones where x is kept.
+template <class T, bool kAffine>
+NORMDROP_INLINE typename Lanes<T>::V drop(typename Lanes<T>::V x, typename Lanes<T>::Mask mask,
+                                          const Coefficients<T>& c) {
+  using V = typename Lanes<T>::V;
+  using Mask = typename Lanes<T>::Mask;
+  if constexpr (kAffine) {
+    return (V)((mask & (Mask)(x * c.scale + c.shift)) | (~mask & (Mask)c.fill));
+  } else {
+    return (V)(mask & (Mask)(x * c.scale));
+  }
+}
+
+// Mask of vector number `part` of a word, widened to T's lanes.
+template <class T>
+NORMDROP_INLINE typename Lanes<T>::Mask widen_mask(const WordMask& word, int part) {
+  const char* from = (const char*)word.of + part * Lanes<T>::width * 2;
+  if constexpr (Lanes<T>::width == kFloats) {
+    return __builtin_convertvector(load_vector<I16Half>(from), I32);
+  } else {
+    typedef int16_t I16Quarter __attribute__((vector_size(kVectorBytes / 4)));
+    return __builtin_convertvector(load_vector<I16Quarter>(from), I64);
+  }
+}
+
+template <class T, bool kAffine, bool kStream>
+NORMDROP_INLINE void drop_word(const T* x, T* y, const WordMask& mask, const Coefficients<T>& c) {
+  constexpr int width = Lanes<T>::width;
+  for (int part = 0; part < 64 / width; ++part) {
+    const auto v = drop<T, kAffine>(Lanes<T>::load(x + part * width), widen_mask<T>(mask, part), c);
+    if constexpr (kStream) {
+      Lanes<T>::stream(y + part * width, v);
+    } else {
+      Lanes<T>::store(y + part * width, v);
+    }
+  }
+}
+
+// Bit j of `bits` spread over lane j.
+template <class T>
+NORMDROP_INLINE typename Lanes<T>::Mask mask_of_bits(uint64_t bits) {
+  using Mask = typename Lanes<T>::Mask;
+  Mask lane = {};
+  for (int j = 0; j < Lanes<T>::width; ++j) {
+    lane[j] = 1 << j;
+  }
+  return (Mask)((((Mask){} + (int32_t)(uint32_t)bits) & lane) == lane);
+}
+
+// `count` <= 64 elements beside each other, bit j for element j.
+template <class T, bool kAffine>
+void drop_bits(const T* x, T* y, int64_t count, uint64_t bits, const Coefficients<T>& c) {
+  constexpr int width = Lanes<T>::width;
+  int64_t j = 0;
+  for (; j + width <= count; j += width) {
+    const auto mask = mask_of_bits<T>(bits >> j);
+    Lanes<T>::store(y + j, drop<T, kAffine>(Lanes<T>::load(x + j), mask, c));
+  }
+  if (j < count) {
+    const auto mask = mask_of_bits<T>(bits >> j);
+    const auto v = drop<T, kAffine>(load_first<T>(x + j, count - j), mask, c);
+    store_first<T>(y + j, v, count - j);
+  }
+}
+
+// `count` <= 64 elements apart from each other: through a buffer.
+template <class T, bool kAffine>
+void drop_apart(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t count, uint64_t bits,
+                const Coefficients<T>& c) {
+  T buffer[64];
+  for (int64_t j = 0; j < count; ++j) {
+    buffer[j] = x[j * x_stride];
+  }
+  drop_bits<T, kAffine>(buffer, buffer, count, bits, c);
+  for (int64_t j = 0; j < count; ++j) {
+    y[j * y_stride] = buffer[j];
+  }
+}
+
+// A row of which everything is kept, or nothing.
+template <class T, bool kAffine>
+void drop_row(const T* x, T* y, int64_t count, bool keep, const Coefficients<T>& c) {
+  using Mask = typename Lanes<T>::Mask;
+  constexpr int width = Lanes<T>::width;
+  const Mask mask = keep ? ~(Mask){} : (Mask){};
+  int64_t j = 0;
+  for (; j + width <= count; j += width) {
+    Lanes<T>::store(y + j, drop<T, kAffine>(Lanes<T>::load(x + j), mask, c));
+  }
+  if (j < count) {
+    store_first<T>(y + j, drop<T, kAffine>(load_first<T>(x + j, count - j), mask, c), count - j);
+  }
+}
+
+// ---- implementations
+// ------------------------------------------------------------------------------
+
+__attribute__((noinline)) uint64_t bits_of_word(const KeepStream& stream, uint64_t word) {
+  return stream.bits(word);
+}
+
+template <class T, bool kAffine, bool kStream>
+void whole_words(const T* x, T* y, const KeepStream& stream, uint64_t first_word, int64_t words,
+                 const Coefficients<T>& c) {
+  for (int64_t w = 0; w < words; ++w) {
+    drop_word<T, kAffine, kStream>(x + 64 * w, y + 64 * w, stream.masks(first_word + (uint64_t)w),
+                                   c);
+  }
+}
+
+template <class T, bool kAffine>
+void contiguous(const DropoutWork& work, const KeepRule& rule, uint64_t first, int64_t count,
+                int64_t begin, int64_t end) {
+  const KeepStream stream(rule);
+  const Coefficients<T> c(work);
+  const T* x = (const T*)work.x;
+  T* y = (T*)work.y;
+  const uint64_t first_word = first >> 6;
+  const int64_t phase = (int64_t)(first & 63);  // elements of the first word that lie before x
+  // Words that x does not fill, at its two ends.
+  const auto part_of_word = [&](int64_t w) {
+    const int64_t from = w * 64 < phase ? 0 : w * 64 - phase;
+    const int64_t to = (w + 1) * 64 - phase < count ? (w + 1) * 64 - phase : count;
+    const uint64_t bits = bits_of_word(stream, first_word + (uint64_t)w) >> (from + phase - w * 64);
+    drop_bits<T, kAffine>(x + from, y + from, to - from, bits, c);
+  };
+  if (begin < end && begin * 64 < phase) {
+    part_of_word(begin++);
+  }
+  const bool ends_inside = begin < end && end * 64 - phase > count;
+  const int64_t words = end - begin - (ends_inside ? 1 : 0);
+  const int64_t offset = begin * 64 - phase;
+  if (words > 0) {
+    if (work.stream && ((uintptr_t)(y + offset) & (kVectorBytes - 1)) == 0) {
+      whole_words<T, kAffine, true>(x + offset, y + offset, stream, first_word + (uint64_t)begin,
+                                    words, c);
+      stream_fence();
+    } else {
+      whole_words<T, kAffine, false>(x + offset, y + offset, stream, first_word + (uint64_t)begin,
+                                     words, c);
+    }
+  }
+  if (ends_inside) {
+    part_of_word(end - 1);
+  }
+}
+
+template <class T, bool kAffine>
+void strided(const DropoutWork& work, const uint64_t* words, int64_t offset, const DropoutDim* dims,
+             int ndim, int64_t begin, int64_t end) {
+  const Coefficients<T> c(work);
+  const DropoutDim inner = dims[ndim - 1];
+  const int64_t pieces = (inner.size + kStridedPiece - 1) / kStridedPiece;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    int64_t row = unit / pieces;
+    const int64_t from = unit % pieces * kStridedPiece;
+    const int64_t size = inner.size - from < kStridedPiece ? inner.size - from : kStridedPiece;
+    const T* x = (const T*)work.x + from * inner.x;
+    T* y = (T*)work.y + from * inner.y;
+    int64_t index = offset + from * inner.mask;
+    for (int d = ndim - 2; d >= 0; --d) {
+      const int64_t i = row % dims[d].size;
+      row /= dims[d].size;
+      x += i * dims[d].x;
+      y += i * dims[d].y;
+      index += i * dims[d].mask;
+    }
+    if (inner.mask == 0 && inner.x == 1 && inner.y == 1) {
+      drop_row<T, kAffine>(x, y, size, read_bits(words, index, 1) != 0, c);
+      continue;
+    }
+    for (int64_t j = 0; j < size; j += 64) {
+      const int64_t count = size - j < 64 ? size - j : 64;
+      uint64_t bits = 0;
+      if (inner.mask == 1) {
+        bits = read_bits(words, index + j, 32) | read_bits(words, index + j + 32, 32) << 32;
+      } else {
+        for (int64_t k = 0; k < count; ++k) {
+          bits |= read_bits(words, index + (j + k) * inner.mask, 1) << k;
+        }
+      }
+      if (inner.x == 1 && inner.y == 1) {
+        drop_bits<T, kAffine>(x + j, y + j, count, bits, c);
+      } else {
+        drop_apart<T, kAffine>(x + j * inner.x, inner.x, y + j * inner.y, inner.y, count, bits, c);
+      }
+    }
+  }
+}
+
+// Bit `shift` of each lane's 32 bits, spread over the lane of T.
+template <class T>
+NORMDROP_INLINE typename Lanes<T>::Mask mask_of_bit(const uint32_t* tile, int shift) {
+  if constexpr (Lanes<T>::width == kFloats) {
+    return (I32)(load_vector<U32>(tile) << (31 - shift)) >> 31;
+  } else {
+    return __builtin_convertvector(load_vector<I32Half>(tile) << (31 - shift) >> 31, I64);
+  }
+}
+
+template <class T, bool kAffine>
+void transposed(const DropoutWork& work, const uint64_t* words, int64_t offset,
+                const DropoutDim* dims, int64_t begin, int64_t end) {
+  constexpr int width = Lanes<T>::width;
+  constexpr int64_t kChannels = 1024;  // the tile of bits stays in the first cache
+  const Coefficients<T> c(work);
+  const DropoutDim outer = dims[0], middle = dims[1], inner = dims[2];
+  const int64_t tiles = (middle.size + kTransposedTile - 1) / kTransposedTile;
+  uint32_t tile[kChannels];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / tiles, from = unit % tiles * kTransposedTile;
+    const int positions =
+        (int)(middle.size - from < kTransposedTile ? middle.size - from : kTransposedTile);
+    const T* x = (const T*)work.x + n * outer.x + from * middle.x;
+    T* y = (T*)work.y + n * outer.y + from * middle.y;
+    const int64_t index = offset + n * outer.mask + from;
+    for (int64_t channel = 0; channel < inner.size; channel += kChannels) {
+      const int64_t channels = inner.size - channel < kChannels ? inner.size - channel : kChannels;
+      for (int64_t k = 0; k < channels; ++k) {
+        tile[k] = (uint32_t)read_bits(words, index + (channel + k) * inner.mask, 32);
+      }
+      for (int s = 0; s < positions; ++s) {
+        const T* from_x = x + s * middle.x + channel;
+        T* to_y = y + s * middle.y + channel;
+        int64_t k = 0;
+        for (; k + width <= channels; k += width) {
+          Lanes<T>::store(to_y + k, drop<T, kAffine>(Lanes<T>::load(from_x + k),
+                                                     mask_of_bit<T>(tile + k, s), c));
+        }
+        if (k < channels) {
+          uint32_t rest[width] = {};
+          for (int64_t j = k; j < channels; ++j) {
+            rest[j - k] = tile[j];
+          }
+          store_first<T>(
+              to_y + k,
+              drop<T, kAffine>(load_first<T>(from_x + k, channels - k), mask_of_bit<T>(rest, s), c),
+              channels - k);
+        }
+      }
+    }
+  }
+}
+
+// ---- entry points
+// ---------------------------------------------------------------------------------
+
+template <class F>
+NORMDROP_INLINE void for_type(DropoutType type, const F& f) {
+  switch (type) {
+    case DropoutType::float32:
+      return f(float{});
+    case DropoutType::float64:
+      return f(double{});
+    case DropoutType::bfloat16:
+      return f(bfloat16{});
+    case DropoutType::float16:
+      return f(half{});
+  }
+}
+
+bool is_affine(const DropoutWork& work) { return work.shift != 0 || work.fill != 0; }
+
+void fill_words_entry(const KeepRule& rule, uint64_t first_word, int64_t count, uint64_t* words) {
+  fill_keep_words(KeepStream(rule), first_word, count, words);
+}
+
+#define NORMDROP_DISPATCH(function, ...)                                                \
+  for_type(work.type, [&](auto type) {                                                  \
+    using T = decltype(type);                                                           \
+    is_affine(work) ? function<T, true>(__VA_ARGS__) : function<T, false>(__VA_ARGS__); \
+  })
+
+void contiguous_entry(const DropoutWork& work, const KeepRule& rule, uint64_t first, int64_t count,
+                      int64_t begin, int64_t end) {
+  NORMDROP_DISPATCH(contiguous, work, rule, first, count, begin, end);
+}
+
+void strided_entry(const DropoutWork& work, const uint64_t* words, int64_t offset,
+                   const DropoutDim* dims, int ndim, int64_t begin, int64_t end) {
+  NORMDROP_DISPATCH(strided, work, words, offset, dims, ndim, begin, end);
+}
+
+void transposed_entry(const DropoutWork& work, const uint64_t* words, int64_t offset,
+                      const DropoutDim* dims, int64_t begin, int64_t end) {
+  NORMDROP_DISPATCH(transposed, work, words, offset, dims, begin, end);
+}
+
+}  // namespace
+
+extern const DropoutKernels dropout_kernels = {fill_words_entry, contiguous_entry, strided_entry,
+                                               transposed_entry};
+
+}  // namespace normdrop::NORMDROP_ISA

@@ -1,0 +1,295 @@
+// The generator of the dropout mask: Philox4x32 with 7 rounds (Salmon, Moraes, Dror and Shaw,
+// "Parallel random numbers: as easy as 1, 2, 3", 2011; 7 rounds pass BigCrush, table 2).
+//
+// Element i of the mask has 16 bits r at half-word i mod 8 of block i div 8. With
+// T = round(keep * 2^32), it is kept iff r < T div 2^16, or r == T div 2^16 and the 16 bits at the
+// same place of stream 1 are below T mod 2^16. So the keep rate is exact to 2^-32 for 16 bits an
+// element; the second stream is looked at for one element in 65536. The counter is
+// (low, high word of i div 8, stream, 0), the key is the seed.
+//
+// For a scalar index there is keeps(); for 64 elements at a time KeepStream, whose masks() and
+// bits() take the index of an aligned word: elements 64 word ... 64 word + 63. Words are aligned so
+// that the upper half of the block's number is the same in all lanes.
+
+#pragma once
+
+#include <stdint.h>
+
+namespace normdrop {
+
+constexpr int kPhiloxRounds = 7;
+constexpr uint32_t kPhiloxFactor0 = 0xD2511F53, kPhiloxFactor1 = 0xCD9E8D57;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9, kPhiloxWeyl1 = 0xBB67AE85;
+
+// Kept iff r < upper, or r == upper and e < lower. At T = 2^32 upper is 0xFFFF and lower 0x10000.
+struct KeepRule {
+  uint64_t seed;
+  uint32_t upper;
+  uint32_t lower;
+};
+
+// threshold is T, in [0, 2^32].
+static inline KeepRule make_keep_rule(uint64_t seed, uint64_t threshold) {
+  const uint64_t upper = threshold >> 16 < 0xFFFF ? threshold >> 16 : 0xFFFF;
+  return {seed, (uint32_t)upper, (uint32_t)(threshold - (upper << 16))};
+}
+
+// Number of 64-bit words that hold the mask of `count` elements from element `first` on.
+static inline int64_t count_keep_words(uint64_t first, int64_t count) {
+  return count == 0 ? 0 : (int64_t)(((first + (uint64_t)count - 1) >> 6) - (first >> 6)) + 1;
+}
+
+}  // namespace normdrop
+
+#ifdef NORMDROP_ISA
+
+#include "simd.h"
+
+namespace normdrop::NORMDROP_ISA {
+namespace {
+
+typedef int16_t I16 __attribute__((vector_size(kVectorBytes)));
+
+constexpr int kBlocks = kVectorBytes / 8;         // Philox blocks in a vector of 64-bit lanes
+constexpr int kDraws = 8 / kBlocks;               // vectors of blocks in a word of 64 elements
+constexpr int kMaskVectors = 128 / kVectorBytes;  // vectors of 16-bit masks in a word
+
+NORMDROP_INLINE void philox(uint64_t block, uint32_t stream, uint64_t seed, uint32_t* words) {
+  uint32_t c0 = (uint32_t)block, c1 = (uint32_t)(block >> 32), c2 = stream, c3 = 0;
+  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = (uint64_t)kPhiloxFactor0 * c0, p1 = (uint64_t)kPhiloxFactor1 * c2;
+    c0 = (uint32_t)(p1 >> 32) ^ c1 ^ key0;
+    c1 = (uint32_t)p1;
+    c2 = (uint32_t)(p0 >> 32) ^ c3 ^ key1;
+    c3 = (uint32_t)p0;
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
+// The 16 bits of element i.
+NORMDROP_INLINE uint32_t random_half_word(uint64_t i, uint32_t stream, uint64_t seed) {
+  uint32_t words[4];
+  philox(i >> 3, stream, seed, words);
+  return (words[(i & 7) >> 1] >> (16 * (i & 1))) & 0xFFFF;
+}
+
+NORMDROP_INLINE bool keeps(const KeepRule& rule, uint64_t i) {
+  const uint32_t r = random_half_word(i, 0, rule.seed);
+  return r < rule.upper || (r == rule.upper && random_half_word(i, 1, rule.seed) < rule.lower);
+}
+
+// ---- the few operations that the vector extension has no word for
+// --------------------------------
+
+// The product of the low halves of the 64-bit lanes.
+NORMDROP_INLINE U64 multiply_low_halves(U64 a, U64 b) {
+#if defined(__AVX512F__)
+  return (U64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (U64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (U64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  return (U64)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+#else
+  return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF);
+#endif
+}
+
+NORMDROP_INLINE U64 swap_halves(U64 a) {
+#if defined(__AVX512F__)
+  return (U64)_mm512_shuffle_epi32((__m512i)a, (_MM_PERM_ENUM)0xB1);
+#elif defined(__AVX2__)
+  return (U64)_mm256_shuffle_epi32((__m256i)a, 0xB1);
+#elif defined(__SSE2__)
+  return (U64)_mm_shuffle_epi32((__m128i)a, 0xB1);
+#else
+  return (a << 32) | (a >> 32);
+#endif
+}
+
+// (a0, b0, a2, b2, ...) and (a1, b1, a3, b3, ...).
+NORMDROP_INLINE I16 interleave_even(U64 a, U64 b) {
+#if defined(__AVX512F__)
+  return (I16)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (I16)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (I16)_mm_unpacklo_epi64((__m128i)a, (__m128i)b);
+#else
+  return (I16)(U64){a[0], b[0]};
+#endif
+}
+
+NORMDROP_INLINE I16 interleave_odd(U64 a, U64 b) {
+#if defined(__AVX512F__)
+  return (I16)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (I16)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (I16)_mm_unpackhi_epi64((__m128i)a, (__m128i)b);
+#else
+  return (I16)(U64){a[1], b[1]};
+#endif
+}
+
+NORMDROP_INLINE bool any(I16 mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi16_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
+  const U64 lanes = (U64)mask;
+  return (lanes[0] | lanes[1]) != 0;
+#endif
+}
+
+// ---- KeepStream ---------------------------------------------------------------------------------
+
+// For each of 64 elements 0xFFFF if it is kept, else 0; vector v holds elements from v * 64 /
+// kMaskVectors on.
+struct WordMask {
+  I16 of[kMaskVectors];
+};
+
+struct KeepStream {
+  KeepRule rule;
+  U64 key0[kPhiloxRounds], key1[kPhiloxRounds];
+  U64 lanes;      // the block's number within its vector, in the order that interleaving undoes
+  I16 threshold;  // upper, with the sign bit flipped: 16-bit vectors compare as signed
+
+  explicit KeepStream(const KeepRule& r) : rule(r) {
+    for (int i = 0; i < kPhiloxRounds; ++i) {
+      key0[i] = (U64){} + (uint32_t)((uint32_t)r.seed + (uint32_t)i * kPhiloxWeyl0);
+      key1[i] = (U64){} + (uint32_t)((uint32_t)(r.seed >> 32) + (uint32_t)i * kPhiloxWeyl1);
+    }
+    for (int i = 0; i < kBlocks; i += 2) {
+      lanes[i] = (uint64_t)i / 2;
+      lanes[i + 1] = (uint64_t)i / 2 + kBlocks / 2;
+    }
+    threshold = (I16){} + (int16_t)(r.upper ^ 0x8000);
+    // The flip of the sign bits costs nothing where it is part of the last round's key.
+    key0[kPhiloxRounds - 1] ^= (uint64_t)0x8000800080008000;
+    key1[kPhiloxRounds - 1] ^= (uint64_t)0x8000800080008000;
+  }
+
+  // The 16 random bits, sign flipped, of the elements of kBlocks blocks, in order. The state's
+  // words are the low halves of 64-bit lanes; what the upper halves hold does not matter, since
+  // the product does not look at it.
+  __attribute__((always_inline)) void draw(uint64_t block, I16& first, I16& second) const {
+    const uint64_t low = 0xFFFFFFFF;
+    // Round 0: words 2 and 3 are zero. Round 1: words 0 and 1 are the same in all lanes.
+    U64 p0 = multiply_low_halves((block & low) + lanes, (U64){} + kPhiloxFactor0);
+    U64 c2 = (p0 >> 32) ^ key1[0];
+    const uint64_t scalar =
+        (uint64_t)kPhiloxFactor0 * (uint32_t)((block >> 32) ^ (uint32_t)rule.seed);
+    U64 p1 = multiply_low_halves(c2, (U64){} + kPhiloxFactor1);
+    U64 c0 = (p1 >> 32) ^ key0[1];
+    U64 c1 = p1;
+    c2 = p0 ^ ((scalar >> 32) ^ key1[1]);
+    U64 c3 = (U64){} + scalar;
+    for (int round = 2; round < kPhiloxRounds - 1; ++round) {
+      p0 = multiply_low_halves(c0, (U64){} + kPhiloxFactor0);
+      p1 = multiply_low_halves(c2, (U64){} + kPhiloxFactor1);
+      c0 = (p1 >> 32) ^ (c1 ^ key0[round]);
+      c1 = p1;
+      c2 = (p0 >> 32) ^ (c3 ^ key1[round]);
+      c3 = p0;
+    }
+    // The last round puts words 0 and 1, 2 and 3 beside each other.
+    p0 = multiply_low_halves(c0, (U64){} + kPhiloxFactor0);
+    p1 = multiply_low_halves(c2, (U64){} + kPhiloxFactor1);
+    const U64 words01 = swap_halves(p1) ^ ((c1 & low) ^ key0[kPhiloxRounds - 1]);
+    const U64 words23 = swap_halves(p0) ^ ((c3 & low) ^ key1[kPhiloxRounds - 1]);
+    first = interleave_even(words01, words23);
+    second = interleave_odd(words01, words23);
+  }
+
+  __attribute__((always_inline)) WordMask masks(uint64_t word) const {
+    WordMask keep;
+    I16 equal = {}, random[kMaskVectors];
+    for (int i = 0; i < kDraws; ++i) {
+      draw(8 * word + (uint64_t)(i * kBlocks), random[2 * i], random[2 * i + 1]);
+    }
+    for (int v = 0; v < kMaskVectors; ++v) {
+      keep.of[v] = random[v] < threshold;
+      equal |= random[v] == threshold;
+    }
+    if (rule.lower != 0 && __builtin_expect(any(equal), 0)) {
+      refine(rule, word, keep.of, random);
+    }
+    return keep;
+  }
+
+  // Bit j is element 64 word + j.
+  __attribute__((always_inline)) uint64_t bits(uint64_t word) const {
+    const WordMask keep = masks(word);
+    uint64_t result = 0;
+#if defined(__AVX512F__)
+    result = (uint64_t)_mm512_movepi16_mask((__m512i)keep.of[0]) |
+             (uint64_t)_mm512_movepi16_mask((__m512i)keep.of[1]) << 32;
+#elif defined(__AVX2__)
+    for (int i = 0; i < 2; ++i) {
+      const __m256i packed =
+          _mm256_packs_epi16((__m256i)keep.of[2 * i], (__m256i)keep.of[2 * i + 1]);
+      const __m256i ordered = _mm256_permute4x64_epi64(packed, 0xD8);
+      result |= (uint64_t)(uint32_t)_mm256_movemask_epi8(ordered) << (32 * i);
+    }
+#elif defined(__SSE2__)
+    for (int i = 0; i < 4; ++i) {
+      const __m128i packed = _mm_packs_epi16((__m128i)keep.of[2 * i], (__m128i)keep.of[2 * i + 1]);
+      result |= (uint64_t)(uint32_t)_mm_movemask_epi8(packed) << (16 * i);
+    }
+#elif defined(__aarch64__)
+    const uint16x8_t weights = {1, 2, 4, 8, 16, 32, 64, 128};
+    for (int v = 0; v < kMaskVectors; ++v) {
+      result |= (uint64_t)vaddvq_u16(vandq_u16((uint16x8_t)keep.of[v], weights)) << (8 * v);
+    }
+#else
+    for (int j = 0; j < 64; ++j) {
+      result |= (uint64_t)(keep.of[j / (64 / kMaskVectors)][j % (64 / kMaskVectors)] & 1) << j;
+    }
+#endif
+    return result;
+  }
+
+ private:
+  // Decides by stream 1 the elements whose 16 bits equal the threshold.
+  static __attribute__((noinline, cold)) void refine(const KeepRule& rule, uint64_t word, I16* keep,
+                                                     const I16* random) {
+    for (int j = 0; j < 64; ++j) {
+      const int v = j / (64 / kMaskVectors), lane = j % (64 / kMaskVectors);
+      if ((uint16_t)(random[v][lane] ^ 0x8000) == rule.upper) {
+        keep[v][lane] = keeps(rule, 64 * word + (uint64_t)j) ? -1 : 0;
+      }
+    }
+  }
+};
+
+// The mask of elements first ... first + count - 1: bit (first mod 64) + j is element first + j.
+NORMDROP_INLINE void fill_keep_words(const KeepStream& stream, uint64_t first_word, int64_t count,
+                                     uint64_t* words) {
+  for (int64_t i = 0; i < count; ++i) {
+    words[i] = stream.bits(first_word + (uint64_t)i);
+  }
+}
+
+// `count` bits (at most 57) from bit `index` on.
+NORMDROP_INLINE uint64_t read_bits(const uint64_t* words, int64_t index, int count) {
+  uint64_t value;
+  memcpy(&value, (const char*)words + (index >> 3), 8);
+  return (value >> (index & 7)) & (((uint64_t)1 << count) - 1);
+}
+
+}  // namespace
+}  // namespace normdrop::NORMDROP_ISA
+
+#endif  // NORMDROP_ISA
