@@ -44,7 +44,7 @@ if platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win32"
 
 # Contraction is off: what is fused is said by `fma` in simd.h, so that forward and backward,
 # which both work out the activation's sign, cannot disagree.
-FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 
 

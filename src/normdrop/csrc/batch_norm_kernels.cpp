@@ -1,9 +1,831 @@
+// Batch normalization: the loops.
+//
+//   forward    y_hat = (x - mean) * invstd * weight + bias, computed as
+//              y_hat = (x - center) * scale + shift, center being the mean rounded to float,
+//              scale = invstd * weight, shift = bias + (center - mean) * scale;
+//              y = act(y_hat + residual)
+//   backward   g = grad_y * act'(y_hat + residual), which is also residual's gradient,
+//              grad_bias = sum g, grad_weight = invstd * sum g * (x - mean),
+//              grad_x = scale * (g - mean(g) - (x - mean) * invstd^2 * mean(g * (x - mean))),
+//              computed as g * grad_scale + (x - center) * grad_slope + grad_shift
+//
+// x is (outer, channels, inner). float, bfloat16 and half are computed in float, at most 4096
+// elements of a channel (128 rows of columns) being summed in float before they go to double.
+// Sums of squares are shifted by the mean of the elements before, so that nothing cancels: the
+// error of m2 is at most a few roundings of m2 itself, wherever the mean is.
+//
+// Nothing here is parallel. A caller gives disjoint channels, blocks or rows to each thread.
+
 #include "batch_norm_kernels.h"
 
 #include "simd.h"
 
 namespace normdrop::NORMDROP_ISA {
+namespace {
 
-extern const BatchNormKernels batch_norm_kernels = {kVectorBytes};
+template <class T>
+using VectorOf = typename Lanes<T>::V;
+template <class T>
+using MaskOf = typename Lanes<T>::Mask;
+template <class T>
+using ScalarOf = typename Lanes<T>::Scalar;
+
+constexpr int64_t kUnroll = 4;
+
+NORMDROP_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- Elementwise: one span of elements that lie side by side -----------------------------------
+
+// Constants of a row of the row kernels: the same for all elements.
+template <class T>
+struct Broadcast {
+  VectorOf<T> value;
+  NORMDROP_METHOD VectorOf<T> at(int64_t) const { return value; }
+  NORMDROP_METHOD VectorOf<T> first(int64_t, int64_t) const { return value; }
+};
+
+template <class T>
+NORMDROP_INLINE Broadcast<T> broadcast(const void* constants, int64_t c) {
+  return {splat<VectorOf<T>>(static_cast<const ScalarOf<T>*>(constants)[c])};
+}
+
+// Constants of a row of the column kernels: one for each element.
+template <class T>
+struct Columns {
+  const ScalarOf<T>* values;
+  NORMDROP_METHOD VectorOf<T> at(int64_t c) const { return load_vector<VectorOf<T>>(values + c); }
+  NORMDROP_METHOD VectorOf<T> first(int64_t c, int64_t n) const {
+    return load_first<ScalarOf<T>>(values + c, n);
+  }
+};
+
+template <class T>
+NORMDROP_INLINE Columns<T> columns(const void* constants) {
+  return {static_cast<const ScalarOf<T>*>(constants)};
+}
+
+template <class T, bool kStream>
+NORMDROP_INLINE void put(T* p, VectorOf<T> v) {
+  if constexpr (kStream) {
+    Lanes<T>::stream(p, v);
+  } else {
+    Lanes<T>::store(p, v);
+  }
+}
+
+// Elements before the first that lies on a vector's boundary; -1 if streaming is not possible.
+// `tied` says that the span's start cannot move.
+template <class T>
+NORMDROP_INLINE int64_t unaligned_head(const T* p, int64_t n, bool tied) {
+  const uint64_t bytes = Lanes<T>::width * sizeof(T);
+  const uint64_t past = (uint64_t)p % bytes;
+  if (past == 0) {
+    return 0;
+  }
+  const int64_t head = (int64_t)((bytes - past) / sizeof(T));
+  return tied || past % sizeof(T) != 0 || head >= n ? -1 : head;
+}
+
+// act(z) = z for z > 0, slope * z elsewhere; slope 0 makes 0 of minus infinity, too.
+template <class T>
+struct Bend {
+  VectorOf<T> slope;
+  MaskOf<T> has_slope;
+
+  explicit NORMDROP_METHOD Bend(double value)
+      : slope(splat<VectorOf<T>>((ScalarOf<T>)value)),
+        has_slope(value != 0.0 ? ~MaskOf<T>{} : MaskOf<T>{}) {}
+
+  // NaN counts as positive, as in torch.
+  static NORMDROP_METHOD MaskOf<T> is_negative(VectorOf<T> z) {
+    return (MaskOf<T>)(z <= VectorOf<T>{});
+  }
+  NORMDROP_METHOD VectorOf<T> apply(VectorOf<T> a, MaskOf<T> negative) const {
+    return select(negative, keep_where(has_slope, a * slope), a);
+  }
+};
+
+template <class T, bool kBent, bool kResidual, template <class> class Constants>
+struct Normalize {
+  using V = VectorOf<T>;
+  static constexpr bool kHasBits = kResidual && kBent;
+  const T* x;
+  const T* residual;
+  T* y;
+  uint8_t* positive;  // of the span's first element, or null
+  Constants<T> center, scale, shift;
+  Bend<T> bend;
+
+  NORMDROP_METHOD V activated(V z, uint32_t& bits) const {
+    if constexpr (kBent) {
+      const MaskOf<T> negative = Bend<T>::is_negative(z);
+      bits = kHasBits ? bits_of(~negative) : 0;
+      return bend.apply(z, negative);
+    }
+    return z;
+  }
+
+  // Elements [i, i + width): computes y, gives the bits.
+  template <bool kStream>
+  NORMDROP_METHOD uint32_t whole(int64_t i) const {
+    V z = fma(Lanes<T>::load(x + i) - center.at(i), scale.at(i), shift.at(i));
+    if constexpr (kResidual) {
+      z += Lanes<T>::load(residual + i);
+    }
+    uint32_t bits = 0;
+    put<T, kStream>(y + i, activated(z, bits));
+    return bits;
+  }
+
+  // Elements [i, i + n), n < width.
+  NORMDROP_METHOD uint32_t partial(int64_t i, int64_t n) const {
+    V z = fma(load_first<T>(x + i, n) - center.first(i, n), scale.first(i, n), shift.first(i, n));
+    if constexpr (kResidual) {
+      z += load_first<T>(residual + i, n);
+    }
+    uint32_t bits = 0;
+    store_first<T>(y + i, activated(z, bits), n);
+    return bits;
+  }
+
+  // Whole vectors from i on; gives where they end.
+  template <bool kStream>
+  NORMDROP_METHOD int64_t body(int64_t i, int64_t n) const {
+    constexpr int64_t W = Lanes<T>::width;
+    for (; i + kUnroll * W <= n; i += kUnroll * W) {
+      uint64_t bits = 0;
+      for (int64_t u = 0; u < kUnroll; ++u) {
+        bits |= (uint64_t)whole<kStream>(i + u * W) << (u * W);
+      }
+      if constexpr (kHasBits) {
+        memcpy(positive + i / 8, &bits, kUnroll * W / 8);
+      }
+    }
+    return i;
+  }
+
+  NORMDROP_METHOD void span(int64_t n, bool stream) const {
+    constexpr int64_t W = Lanes<T>::width;
+    const int64_t head = stream ? unaligned_head(y, n, kHasBits) : -1;
+    if (head > 0) {
+      partial(0, head);
+    }
+    int64_t i = head >= 0 ? body<true>(head, n) : body<false>(0, n);
+    uint64_t bits = 0;
+    const int64_t rest = i;
+    for (; i + W <= n; i += W) {
+      bits |= (uint64_t)whole<false>(i) << (i - rest);
+    }
+    if (i < n) {
+      bits |= (uint64_t)partial(i, n - i) << (i - rest);
+    }
+    if constexpr (kHasBits) {
+      for (int64_t done = rest; done < n; done += 8, bits >>= 8) {
+        positive[done / 8] = (uint8_t)bits;
+      }
+    }
+  }
+};
+
+template <class T, bool kBent, bool kBits, template <class> class Constants>
+struct Gradient {
+  using V = VectorOf<T>;
+  const T* x;
+  const T* grad_y;
+  const uint8_t* positive;
+  Constants<T> center, scale, shift;
+  Bend<T> bend;
+
+  // g, and d = x - center, of elements [i, i + width).
+  NORMDROP_METHOD V whole(int64_t i, uint64_t bits, V& d) const {
+    d = Lanes<T>::load(x + i) - center.at(i);
+    const V g = Lanes<T>::load(grad_y + i);
+    if constexpr (kBent && kBits) {
+      return bend.apply(g, ~mask_of<MaskOf<T>>((uint32_t)bits));
+    } else if constexpr (kBent) {
+      return bend.apply(g, Bend<T>::is_negative(fma(d, scale.at(i), shift.at(i))));
+    }
+    return g;
+  }
+
+  // The same of [i, i + n), n < width; zero beyond.
+  NORMDROP_METHOD V partial(int64_t i, int64_t n, uint64_t bits, V& d) const {
+    d = keep_where(first_lanes<MaskOf<T>>(n), load_first<T>(x + i, n) - center.first(i, n));
+    const V g = load_first<T>(grad_y + i, n);
+    if constexpr (kBent && kBits) {
+      return bend.apply(g, ~mask_of<MaskOf<T>>((uint32_t)bits));
+    } else if constexpr (kBent) {
+      return bend.apply(g, Bend<T>::is_negative(fma(d, scale.first(i, n), shift.first(i, n))));
+    }
+    return g;
+  }
+
+  // The bits of elements [i, i + n), n <= 64, i divisible by 8.
+  NORMDROP_METHOD uint64_t bits(int64_t i, int64_t n) const {
+    uint64_t result = 0;
+    if constexpr (kBent && kBits) {
+      for (int64_t byte = 0; byte * 8 < n; ++byte) {
+        result |= (uint64_t)positive[i / 8 + byte] << (8 * byte);
+      }
+    }
+    return result;
+  }
+  NORMDROP_METHOD uint64_t unrolled_bits(int64_t i) const {
+    uint64_t result = 0;
+    if constexpr (kBent && kBits) {
+      memcpy(&result, positive + i / 8, kUnroll * Lanes<T>::width / 8);
+    }
+    return result;
+  }
+};
+
+template <class T, bool kBent, bool kBits, template <class> class Constants>
+struct GradientX {
+  using V = VectorOf<T>;
+  Gradient<T, kBent, kBits, Constants> gradient;
+  T* grad_x;
+  T* grad_residual;  // or null
+  Constants<T> grad_scale, grad_slope, grad_shift;
+  MaskOf<T> training;  // in evaluation an infinite x must not reach the gradient
+
+  template <bool kStream>
+  NORMDROP_METHOD void whole(int64_t i, uint64_t bits) const {
+    V d;
+    const V g = gradient.whole(i, bits, d);
+    const V inner = fma(keep_where(training, d), grad_slope.at(i), grad_shift.at(i));
+    put<T, kStream>(grad_x + i, fma(g, grad_scale.at(i), inner));
+    if (grad_residual != nullptr) {
+      put<T, kStream>(grad_residual + i, g);
+    }
+  }
+
+  NORMDROP_METHOD void partial(int64_t i, int64_t n, uint64_t bits) const {
+    V d;
+    const V g = gradient.partial(i, n, bits, d);
+    const V inner = fma(keep_where(training, d), grad_slope.first(i, n), grad_shift.first(i, n));
+    store_first<T>(grad_x + i, fma(g, grad_scale.first(i, n), inner), n);
+    if (grad_residual != nullptr) {
+      store_first<T>(grad_residual + i, g, n);
+    }
+  }
+
+  template <bool kStream>
+  NORMDROP_METHOD int64_t body(int64_t i, int64_t n) const {
+    constexpr int64_t W = Lanes<T>::width;
+    for (; i + kUnroll * W <= n; i += kUnroll * W) {
+      const uint64_t bits = gradient.unrolled_bits(i);
+      for (int64_t u = 0; u < kUnroll; ++u) {
+        whole<kStream>(i + u * W, bits >> (u * W));
+      }
+    }
+    return i;
+  }
+
+  NORMDROP_METHOD void span(int64_t n, bool stream) const {
+    constexpr int64_t W = Lanes<T>::width;
+    const bool tied = (kBent && kBits) || grad_residual != nullptr;
+    const int64_t head = stream ? unaligned_head(grad_x, n, tied) : -1;
+    if (head > 0) {
+      partial(0, head, 0);
+    }
+    int64_t i = head >= 0 ? body<true>(head, n) : body<false>(0, n);
+    const int64_t rest = i;
+    const uint64_t bits = i < n ? gradient.bits(i, n - i) : 0;
+    for (; i + W <= n; i += W) {
+      whole<false>(i, bits >> (i - rest));
+    }
+    if (i < n) {
+      partial(i, n - i, bits >> (i - rest));
+    }
+  }
+};
+
+// ---- Rows: inner > 1 --------------------------------------------------------------------------
+
+NORMDROP_INLINE int64_t bit_bytes(int64_t inner) { return (inner + 7) / 8; }
+
+template <class T, bool kBent, bool kResidual>
+void normalize_rows(const BatchNormArgs& args, int64_t o0, int64_t o1, int64_t c0, int64_t c1,
+                    int64_t i0, int64_t i1) {
+  for (int64_t o = o1 - 1; o >= o0; --o) {
+    for (int64_t c = c0; c < c1; ++c) {
+      const int64_t row = o * args.channels + c;
+      const int64_t at = row * args.inner + i0;
+      const Normalize<T, kBent, kResidual, Broadcast> work = {
+          static_cast<const T*>(args.x) + at,
+          kResidual ? static_cast<const T*>(args.residual) + at : nullptr,
+          static_cast<T*>(args.out) + at,
+          args.positive != nullptr ? args.positive + row * bit_bytes(args.inner) + i0 / 8 : nullptr,
+          broadcast<T>(args.center, c),
+          broadcast<T>(args.scale, c),
+          broadcast<T>(args.shift, c),
+          Bend<T>(args.slope)};
+      work.span(i1 - i0, args.stream);
+    }
+  }
+  stream_fence();
+}
+
+template <class T, bool kBent, bool kBits>
+NORMDROP_INLINE Gradient<T, kBent, kBits, Broadcast> row_gradient(const BatchNormArgs& args, int64_t o,
+                                                              int64_t c, int64_t i) {
+  const int64_t row = o * args.channels + c;
+  const int64_t at = row * args.inner + i;
+  return {static_cast<const T*>(args.x) + at,
+          static_cast<const T*>(args.grad_y) + at,
+          kBits ? args.positive + row * bit_bytes(args.inner) + i / 8 : nullptr,
+          broadcast<T>(args.center, c),
+          broadcast<T>(args.scale, c),
+          broadcast<T>(args.shift, c),
+          Bend<T>(args.slope)};
+}
+
+template <class T, bool kBent, bool kBits>
+void gradient_rows(const BatchNormArgs& args, int64_t o0, int64_t o1, int64_t c0, int64_t c1,
+                   int64_t i0, int64_t i1) {
+  for (int64_t o = o1 - 1; o >= o0; --o) {
+    for (int64_t c = c0; c < c1; ++c) {
+      const int64_t at = (o * args.channels + c) * args.inner + i0;
+      const GradientX<T, kBent, kBits, Broadcast> work = {
+          row_gradient<T, kBent, kBits>(args, o, c, i0),
+          static_cast<T*>(args.out) + at,
+          args.grad_residual != nullptr ? static_cast<T*>(args.grad_residual) + at : nullptr,
+          broadcast<T>(args.grad_scale, c),
+          broadcast<T>(args.grad_slope, c),
+          broadcast<T>(args.grad_shift, c),
+          args.training ? ~MaskOf<T>{} : MaskOf<T>{}};
+      work.span(i1 - i0, args.stream);
+    }
+  }
+  stream_fence();
+}
+
+// Calls visit(c, x's offset, length) for every piece of block b, in channels [c0, c1).
+template <class Visit>
+NORMDROP_INLINE void walk_block(const BatchNormArgs& args, const RowBlocks& blocks, int64_t b,
+                                int64_t c0, int64_t c1, const Visit& visit) {
+  const int64_t o0 = b / blocks.parts * blocks.rows;
+  const int64_t i0 = b % blocks.parts * blocks.length;
+  const int64_t length = min_of(blocks.length, args.inner - i0);
+  for (int64_t o = o0; o < min_of(o0 + blocks.rows, args.outer); ++o) {
+    for (int64_t c = c0; c < c1; ++c) {
+      visit(o, c, i0, length);
+    }
+  }
+}
+
+// Sums of d = x - shift and of d^2 over a row, four accumulators each.
+template <class T>
+NORMDROP_INLINE void sum_row(const T* x, int64_t n, VectorOf<T> shift, VectorOf<T>& total_d,
+                             VectorOf<T>& total_dd) {
+  using V = VectorOf<T>;
+  constexpr int64_t W = Lanes<T>::width;
+  V d_sum[kUnroll] = {}, dd_sum[kUnroll] = {};
+  int64_t i = 0;
+  for (; i + kUnroll * W <= n; i += kUnroll * W) {
+    for (int64_t u = 0; u < kUnroll; ++u) {
+      const V d = Lanes<T>::load(x + i + u * W) - shift;
+      d_sum[u] += d;
+      dd_sum[u] = fma(d, d, dd_sum[u]);
+    }
+  }
+  for (; i + W <= n; i += W) {
+    const V d = Lanes<T>::load(x + i) - shift;
+    d_sum[0] += d;
+    dd_sum[0] = fma(d, d, dd_sum[0]);
+  }
+  if (i < n) {
+    const V d = keep_where(first_lanes<MaskOf<T>>(n - i), load_first<T>(x + i, n - i) - shift);
+    d_sum[1] += d;
+    dd_sum[1] = fma(d, d, dd_sum[1]);
+  }
+  total_d += (d_sum[0] + d_sum[1]) + (d_sum[2] + d_sum[3]);
+  total_dd += (dd_sum[0] + dd_sum[1]) + (dd_sum[2] + dd_sum[3]);
+}
+
+template <class T>
+NORMDROP_INLINE double mean_of_first(const T* x, int64_t n) {
+  VectorOf<T> sum{};
+  int64_t i = 0;
+  for (; i + Lanes<T>::width <= n; i += Lanes<T>::width) {
+    sum += Lanes<T>::load(x + i);
+  }
+  if (i < n) {
+    sum += load_first<T>(x + i, n - i);
+  }
+  return sum_of(sum) / (double)n;
+}
+
+// Sums over blocks, each with its own shift, brought to one fixed shift in double.
+struct ShiftedSums {
+  double count, origin, d, dd, shift;
+
+  NORMDROP_METHOD void start(double first_shift) {
+    count = d = dd = 0.0;
+    origin = shift = first_shift;
+  }
+  // The next block: its sums about `shift`; its mean is the next shift.
+  template <class Scalar>
+  NORMDROP_METHOD void add(double n, double block_d, double block_dd) {
+    const double move = shift - origin;
+    count += n;
+    d += block_d + n * move;
+    dd += block_dd + move * (2.0 * block_d + n * move);
+    shift = (double)(Scalar)(shift + block_d / n);
+  }
+  NORMDROP_METHOD Moments moments() const {
+    const double m2 = dd - d * d / count;
+    return {count, origin + d / count, m2 < 0.0 ? 0.0 : m2};
+  }
+};
+
+constexpr int64_t kChannelTile = 32;
+
+template <class T>
+void statistics_rows(const BatchNormArgs& args, int64_t c0, int64_t c1, int64_t b0, int64_t b1,
+                     Moments* result) {
+  using V = VectorOf<T>;
+  using Scalar = ScalarOf<T>;
+  const T* x = static_cast<const T*>(args.x);
+  const RowBlocks blocks = row_blocks(args.outer, args.inner);
+  for (int64_t tile = c0; tile < c1; tile += kChannelTile) {
+    const int64_t tile_end = min_of(tile + kChannelTile, c1);
+    ShiftedSums sums[kChannelTile];
+    V d_sum[kChannelTile], dd_sum[kChannelTile];
+    for (int64_t c = tile; c < tile_end; ++c) {
+      const int64_t o = b0 / blocks.parts * blocks.rows, i = b0 % blocks.parts * blocks.length;
+      const T* start = x + (o * args.channels + c) * args.inner + i;
+      sums[c - tile].start((double)(Scalar)mean_of_first(start, min_of(64, args.inner - i)));
+    }
+    for (int64_t b = b0; b < b1; ++b) {
+      for (int64_t c = tile; c < tile_end; ++c) {
+        d_sum[c - tile] = dd_sum[c - tile] = V{};
+      }
+      double count = 0.0;
+      walk_block(args, blocks, b, tile, tile_end,
+                 [&](int64_t o, int64_t c, int64_t i, int64_t n) NORMDROP_LAMBDA {
+                   const V shift = splat<V>((Scalar)sums[c - tile].shift);
+                   sum_row<T>(x + (o * args.channels + c) * args.inner + i, n, shift,
+                              d_sum[c - tile], dd_sum[c - tile]);
+                   count += c == tile ? (double)n : 0.0;
+                 });
+      for (int64_t c = 0; c < tile_end - tile; ++c) {
+        sums[c].template add<Scalar>(count, sum_of(d_sum[c]), sum_of(dd_sum[c]));
+      }
+    }
+    for (int64_t c = tile; c < tile_end; ++c) {
+      result[c - c0] = sums[c - tile].moments();
+    }
+  }
+}
+
+// Sums of g and of g * (x - center) over a row.
+template <class T, class Source>
+NORMDROP_INLINE void sum_gradient(const Source& source, int64_t n, VectorOf<T>& total_g,
+                                  VectorOf<T>& total_gx) {
+  using V = VectorOf<T>;
+  constexpr int64_t W = Lanes<T>::width;
+  V g_sum[kUnroll] = {}, gx_sum[kUnroll] = {};
+  int64_t i = 0;
+  V d;
+  for (; i + kUnroll * W <= n; i += kUnroll * W) {
+    const uint64_t bits = source.unrolled_bits(i);
+    for (int64_t u = 0; u < kUnroll; ++u) {
+      const V g = source.whole(i + u * W, bits >> (u * W), d);
+      g_sum[u] += g;
+      gx_sum[u] = fma(g, d, gx_sum[u]);
+    }
+  }
+  const int64_t rest = i;
+  const uint64_t bits = i < n ? source.bits(i, n - i) : 0;
+  for (; i + W <= n; i += W) {
+    const V g = source.whole(i, bits >> (i - rest), d);
+    g_sum[0] += g;
+    gx_sum[0] = fma(g, d, gx_sum[0]);
+  }
+  if (i < n) {
+    const V g = source.partial(i, n - i, bits >> (i - rest), d);
+    g_sum[1] += g;
+    gx_sum[1] = fma(g, d, gx_sum[1]);
+  }
+  total_g += (g_sum[0] + g_sum[1]) + (g_sum[2] + g_sum[3]);
+  total_gx += (gx_sum[0] + gx_sum[1]) + (gx_sum[2] + gx_sum[3]);
+}
+
+template <class T, bool kBent, bool kBits>
+void gradient_sums_rows(const BatchNormArgs& args, int64_t c0, int64_t c1, int64_t b0, int64_t b1,
+                        GradientSums* result) {
+  using V = VectorOf<T>;
+  const RowBlocks blocks = row_blocks(args.outer, args.inner);
+  for (int64_t tile = c0; tile < c1; tile += kChannelTile) {
+    const int64_t tile_end = min_of(tile + kChannelTile, c1);
+    V g_sum[kChannelTile], gx_sum[kChannelTile];
+    for (int64_t c = tile; c < tile_end; ++c) {
+      result[c - c0] = {0.0, 0.0};
+    }
+    for (int64_t b = b0; b < b1; ++b) {
+      for (int64_t c = 0; c < tile_end - tile; ++c) {
+        g_sum[c] = gx_sum[c] = V{};
+      }
+      walk_block(args, blocks, b, tile, tile_end,
+                 [&](int64_t o, int64_t c, int64_t i, int64_t n) NORMDROP_LAMBDA {
+                   sum_gradient<T>(row_gradient<T, kBent, kBits>(args, o, c, i), n, g_sum[c - tile],
+                                   gx_sum[c - tile]);
+                 });
+      for (int64_t c = tile; c < tile_end; ++c) {
+        result[c - c0].g += sum_of(g_sum[c - tile]);
+        result[c - c0].gx += sum_of(gx_sum[c - tile]);
+      }
+    }
+  }
+}
+
+// ---- Columns: inner = 1 ------------------------------------------------------------------------
+
+template <class T, bool kBent, bool kResidual>
+void normalize_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
+  for (int64_t m = m1 - 1; m >= m0; --m) {
+    const int64_t at = m * args.channels;
+    const Normalize<T, kBent, kResidual, Columns> work = {
+        static_cast<const T*>(args.x) + at,
+        kResidual ? static_cast<const T*>(args.residual) + at : nullptr,
+        static_cast<T*>(args.out) + at,
+        args.positive != nullptr ? args.positive + at / 8 : nullptr,
+        columns<T>(args.center),
+        columns<T>(args.scale),
+        columns<T>(args.shift),
+        Bend<T>(args.slope)};
+    work.span(args.channels, args.stream);
+  }
+  stream_fence();
+}
+
+template <class T, bool kBent, bool kBits>
+NORMDROP_INLINE Gradient<T, kBent, kBits, Columns> column_gradient(const BatchNormArgs& args,
+                                                               int64_t m) {
+  const int64_t at = m * args.channels;
+  return {static_cast<const T*>(args.x) + at,
+          static_cast<const T*>(args.grad_y) + at,
+          kBits ? args.positive + at / 8 : nullptr,
+          columns<T>(args.center),
+          columns<T>(args.scale),
+          columns<T>(args.shift),
+          Bend<T>(args.slope)};
+}
+
+template <class T, bool kBent, bool kBits>
+void gradient_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
+  for (int64_t m = m1 - 1; m >= m0; --m) {
+    const int64_t at = m * args.channels;
+    const GradientX<T, kBent, kBits, Columns> work = {
+        column_gradient<T, kBent, kBits>(args, m),
+        static_cast<T*>(args.out) + at,
+        args.grad_residual != nullptr ? static_cast<T*>(args.grad_residual) + at : nullptr,
+        columns<T>(args.grad_scale),
+        columns<T>(args.grad_slope),
+        columns<T>(args.grad_shift),
+        args.training ? ~MaskOf<T>{} : MaskOf<T>{}};
+    work.span(args.channels, args.stream);
+  }
+  stream_fence();
+}
+
+// The bits of n elements from element i on, n <= 16.
+template <bool kBits>
+NORMDROP_INLINE uint64_t bits_at(const uint8_t* bytes, int64_t i, int64_t n) {
+  if constexpr (!kBits) {
+    return 0;
+  }
+  const uint32_t bits = n > 8 ? bytes[i / 8] | (uint32_t)bytes[i / 8 + 1] << 8 : bytes[i / 8];
+  return bits >> (i % 8);
+}
+
+constexpr int64_t kStrip = 512;   // columns whose sums stay in the first-level cache
+constexpr int64_t kRowGroup = 8;  // rows summed at once, so that sums are seldom loaded
+
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+// Calls visit(c, n, whole) for every vector of columns of a strip, n < width for the last.
+template <class T, class Visit>
+NORMDROP_INLINE void walk_strip(int64_t count, const Visit& visit) {
+  int64_t c = 0;
+  for (; c + Lanes<T>::width <= count; c += Lanes<T>::width) {
+    visit(c, Lanes<T>::width, Flag<true>{});
+  }
+  if (c < count) {
+    visit(c, count - c, Flag<false>{});
+  }
+}
+
+// Calls add(r) for the rows of a group.
+template <bool kWhole, class Add>
+NORMDROP_INLINE void walk_group(int64_t rows, const Add& add) {
+  if (kWhole && rows == kRowGroup) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRowGroup; ++r) {
+      add(r);
+    }
+  } else {
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < rows; ++r) {
+      add(r);
+    }
+  }
+}
+
+template <class T>
+void statistics_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, Moments* result) {
+  using V = VectorOf<T>;
+  using Scalar = ScalarOf<T>;
+  constexpr int64_t W = Lanes<T>::width;
+  Scalar shift[kStrip + W], d_sum[kStrip + W], dd_sum[kStrip + W];
+  ShiftedSums sums[kStrip];
+  for (int64_t strip = 0; strip < args.channels; strip += kStrip) {
+    const int64_t count = min_of(kStrip, args.channels - strip);
+    const T* x = static_cast<const T*>(args.x) + strip;
+    const auto load = [&](int64_t m, int64_t c, int64_t n, auto whole) NORMDROP_LAMBDA {
+      const T* at = x + m * args.channels + c;
+      if constexpr (decltype(whole)::value) {
+        return Lanes<T>::load(at);
+      } else {
+        return load_first<T>(at, n);
+      }
+    };
+    const int64_t first_rows = min_of(kRowGroup, m1 - m0);
+    walk_strip<T>(count, [&](int64_t c, int64_t n, auto whole) NORMDROP_LAMBDA {
+      V sum{};
+      walk_group<false>(first_rows, [&](int64_t r) NORMDROP_LAMBDA {
+        sum += load(m0 + r, c, n, whole);
+      });
+      store_vector(shift + c, sum / splat<V>((Scalar)first_rows));
+    });
+    for (int64_t c = 0; c < count; ++c) {
+      sums[c].start((double)shift[c]);
+    }
+    for (int64_t block = m0; block < m1; block += kColumnBlock) {
+      const int64_t block_end = min_of(block + kColumnBlock, m1);
+      memset(d_sum, 0, sizeof(d_sum));
+      memset(dd_sum, 0, sizeof(dd_sum));
+      for (int64_t group = block; group < block_end; group += kRowGroup) {
+        const int64_t rows = min_of(kRowGroup, block_end - group);
+        walk_strip<T>(count, [&](int64_t c, int64_t n, auto whole) NORMDROP_LAMBDA {
+          const V k = load_vector<V>(shift + c);
+          V s = load_vector<V>(d_sum + c), q = load_vector<V>(dd_sum + c);
+          walk_group<decltype(whole)::value>(rows, [&](int64_t r) NORMDROP_LAMBDA {
+            const V d = load(group + r, c, n, whole) - k;
+            s += d;
+            q = fma(d, d, q);
+          });
+          store_vector(d_sum + c, s);
+          store_vector(dd_sum + c, q);
+        });
+      }
+      for (int64_t c = 0; c < count; ++c) {
+        sums[c].template add<Scalar>((double)(block_end - block), (double)d_sum[c],
+                                     (double)dd_sum[c]);
+        shift[c] = (Scalar)sums[c].shift;
+      }
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      result[strip + c] = sums[c].moments();
+    }
+  }
+}
+
+template <class T, bool kBent, bool kBits>
+void gradient_sums_columns(const BatchNormArgs& args, int64_t m0, int64_t m1,
+                           GradientSums* result) {
+  using V = VectorOf<T>;
+  using Scalar = ScalarOf<T>;
+  constexpr int64_t W = Lanes<T>::width;
+  Scalar g_sum[kStrip + W], gx_sum[kStrip + W];
+  for (int64_t strip = 0; strip < args.channels; strip += kStrip) {
+    const int64_t count = min_of(kStrip, args.channels - strip);
+    for (int64_t c = 0; c < count; ++c) {
+      result[strip + c] = {0.0, 0.0};
+    }
+    for (int64_t block = m0; block < m1; block += kColumnBlock) {
+      const int64_t block_end = min_of(block + kColumnBlock, m1);
+      memset(g_sum, 0, sizeof(g_sum));
+      memset(gx_sum, 0, sizeof(gx_sum));
+      for (int64_t group = block; group < block_end; group += kRowGroup) {
+        const int64_t rows = min_of(kRowGroup, block_end - group);
+        walk_strip<T>(count, [&](int64_t c, int64_t n, auto whole) NORMDROP_LAMBDA {
+          V s = load_vector<V>(g_sum + c), q = load_vector<V>(gx_sum + c);
+          walk_group<decltype(whole)::value>(rows, [&](int64_t r) NORMDROP_LAMBDA {
+            const auto source = column_gradient<T, kBent, kBits>(args, group + r);
+            const int64_t at = (group + r) * args.channels + strip + c;
+            const uint64_t bits = bits_at<kBits>(args.positive, at, n);
+            V d, g;
+            if constexpr (decltype(whole)::value) {
+              g = source.whole(strip + c, bits, d);
+            } else {
+              g = source.partial(strip + c, n, bits, d);
+            }
+            s += g;
+            q = fma(g, d, q);
+          });
+          store_vector(g_sum + c, s);
+          store_vector(gx_sum + c, q);
+        });
+      }
+      for (int64_t c = 0; c < count; ++c) {
+        result[strip + c].g += (double)g_sum[c];
+        result[strip + c].gx += (double)gx_sum[c];
+      }
+    }
+  }
+}
+
+// ---- What float cannot hold --------------------------------------------------------------------
+
+// Two passes in double, for a channel whose sums overflowed in float, or that holds NaN.
+template <class T>
+void exact_statistics(const BatchNormArgs& args, int64_t c, Moments* result) {
+  const T* x = static_cast<const T*>(args.x);
+  const double count = (double)(args.outer * args.inner);
+  double sum = 0.0, m2 = 0.0;
+  for (int pass = 0; pass < 2; ++pass) {
+    const double mean = sum / count;
+    for (int64_t o = 0; o < args.outer; ++o) {
+      const T* row = x + (o * args.channels + c) * args.inner;
+      for (int64_t i = 0; i < args.inner; ++i) {
+        const double value = (double)load_first<T>(row + i, 1)[0];
+        if (pass == 0) {
+          sum += value;
+        } else {
+          m2 += (value - mean) * (value - mean);
+        }
+      }
+    }
+  }
+  *result = {count, sum / count, m2};
+}
+
+// ---- Entry points: choose the instance ---------------------------------------------------------
+
+#define NORMDROP_CHOOSE_NORMALIZE(function, ...)                                       \
+  if (args.slope == 1.0) {                                                             \
+    return args.residual != nullptr ? function<T, false, true>(args, __VA_ARGS__)      \
+                                    : function<T, false, false>(args, __VA_ARGS__);    \
+  }                                                                                    \
+  return args.residual != nullptr ? function<T, true, true>(args, __VA_ARGS__)         \
+                                  : function<T, true, false>(args, __VA_ARGS__);
+
+#define NORMDROP_CHOOSE_GRADIENT(function, ...)                                        \
+  if (args.slope == 1.0) {                                                             \
+    return function<T, false, false>(args, __VA_ARGS__);                               \
+  }                                                                                    \
+  return args.positive != nullptr ? function<T, true, true>(args, __VA_ARGS__)         \
+                                  : function<T, true, false>(args, __VA_ARGS__);
+
+template <class T>
+void row_normalize(const BatchNormArgs& args, int64_t o0, int64_t o1, int64_t c0, int64_t c1,
+                   int64_t i0, int64_t i1) {
+  NORMDROP_CHOOSE_NORMALIZE(normalize_rows, o0, o1, c0, c1, i0, i1)
+}
+
+template <class T>
+void row_gradients(const BatchNormArgs& args, int64_t o0, int64_t o1, int64_t c0, int64_t c1,
+                   int64_t i0, int64_t i1) {
+  NORMDROP_CHOOSE_GRADIENT(gradient_rows, o0, o1, c0, c1, i0, i1)
+}
+
+template <class T>
+void row_gradient_sums(const BatchNormArgs& args, int64_t c0, int64_t c1, int64_t b0, int64_t b1,
+                       GradientSums* result) {
+  NORMDROP_CHOOSE_GRADIENT(gradient_sums_rows, c0, c1, b0, b1, result)
+}
+
+template <class T>
+void column_normalize(const BatchNormArgs& args, int64_t m0, int64_t m1) {
+  NORMDROP_CHOOSE_NORMALIZE(normalize_columns, m0, m1)
+}
+
+template <class T>
+void column_gradients(const BatchNormArgs& args, int64_t m0, int64_t m1) {
+  NORMDROP_CHOOSE_GRADIENT(gradient_columns, m0, m1)
+}
+
+template <class T>
+void column_gradient_sums(const BatchNormArgs& args, int64_t m0, int64_t m1, GradientSums* result) {
+  NORMDROP_CHOOSE_GRADIENT(gradient_sums_columns, m0, m1, result)
+}
+
+}  // namespace
+
+// In the order of DataType.
+#define NORMDROP_TYPES(function) \
+  {function<float>, function<double>, function<bfloat16>, function<half>}
+
+extern const BatchNormKernels batch_norm_kernels = {
+    NORMDROP_TYPES(statistics_rows),    NORMDROP_TYPES(row_gradient_sums),
+    NORMDROP_TYPES(row_normalize),      NORMDROP_TYPES(row_gradients),
+    NORMDROP_TYPES(statistics_columns), NORMDROP_TYPES(column_gradient_sums),
+    NORMDROP_TYPES(column_normalize),   NORMDROP_TYPES(column_gradients),
+    NORMDROP_TYPES(exact_statistics)};
 
 }  // namespace normdrop::NORMDROP_ISA

@@ -53,8 +53,8 @@ inline Isa this_isa() {
   namespace avx2 {                        \
   extern const Type name;                 \
   }
-#define NORMDROP_CASE_AVX2(name)        \
-  case ::normdrop::Isa::avx2:           \
+#define NORMDROP_CASE_AVX2(name) \
+  case ::normdrop::Isa::avx2:    \
     return ::normdrop::avx2::name;
 #else
 #define NORMDROP_DECLARE_AVX2(Type, name)
@@ -65,8 +65,8 @@ inline Isa this_isa() {
   namespace avx512 {                        \
   extern const Type name;                   \
   }
-#define NORMDROP_CASE_AVX512(name)        \
-  case ::normdrop::Isa::avx512:           \
+#define NORMDROP_CASE_AVX512(name) \
+  case ::normdrop::Isa::avx512:    \
     return ::normdrop::avx512::name;
 #else
 #define NORMDROP_DECLARE_AVX512(Type, name)

@@ -10,12 +10,20 @@
 #include <string.h>
 
 #if defined(__x86_64__) || defined(_M_X64)
+// GCC 12 warns of its own header's deliberately undefined vectors (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
+// Of functions, methods and lambdas: no copy of them may be left for the linker to choose from.
 #define NORMDROP_INLINE static inline __attribute__((always_inline))
+#define NORMDROP_METHOD inline __attribute__((always_inline))
+#define NORMDROP_LAMBDA __attribute__((always_inline))
 
 namespace normdrop::NORMDROP_ISA {
 namespace {
@@ -30,7 +38,6 @@ constexpr int kVectorBytes = 16;
 constexpr int kFloats = kVectorBytes / 4;
 constexpr int kDoubles = kVectorBytes / 8;
 
-// may_alias and alignment 1: loads and stores need not be aligned.
 typedef float F32 __attribute__((vector_size(kVectorBytes)));
 typedef double F64 __attribute__((vector_size(kVectorBytes)));
 typedef int32_t I32 __attribute__((vector_size(kVectorBytes)));
@@ -92,6 +99,91 @@ NORMDROP_INLINE void stream_fence() {
 #endif
 }
 
+// All lanes the same.
+template <class V, class Scalar>
+NORMDROP_INLINE V splat(Scalar value) {
+  return V{} + (decltype(V{}[0] + V{}[0]))value;
+}
+
+// a where the mask (0 or -1 a lane) is set, b elsewhere.
+NORMDROP_INLINE F32 select(I32 mask, F32 a, F32 b) {
+  return (F32)((mask & (I32)a) | (~mask & (I32)b));
+}
+NORMDROP_INLINE F64 select(I64 mask, F64 a, F64 b) {
+  return (F64)((mask & (I64)a) | (~mask & (I64)b));
+}
+NORMDROP_INLINE F32 keep_where(I32 mask, F32 a) { return (F32)(mask & (I32)a); }
+NORMDROP_INLINE F64 keep_where(I64 mask, F64 a) { return (F64)(mask & (I64)a); }
+
+template <class Mask>
+NORMDROP_INLINE Mask lane_numbers() {
+  Mask lanes{};
+  for (int i = 0; i < (int)(sizeof(Mask) / sizeof(lanes[0])); ++i) {
+    lanes[i] = i;
+  }
+  return lanes;
+}
+
+template <class Mask>
+NORMDROP_INLINE Mask first_lanes(int64_t n) {
+  return (Mask)(lane_numbers<Mask>() < splat<Mask>(n));
+}
+
+// One bit a lane, and back.
+NORMDROP_INLINE uint32_t bits_of(I32 mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#elif defined(__SSE2__)
+  return (uint32_t)_mm_movemask_ps((__m128)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kFloats; ++i) {
+    bits |= (uint32_t)(mask[i] & 1) << i;
+  }
+  return bits;
+#endif
+}
+
+NORMDROP_INLINE uint32_t bits_of(I64 mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_pd((__m256d)mask);
+#elif defined(__SSE2__)
+  return (uint32_t)_mm_movemask_pd((__m128d)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kDoubles; ++i) {
+    bits |= (uint32_t)(mask[i] & 1) << i;
+  }
+  return bits;
+#endif
+}
+
+template <class Mask>
+NORMDROP_INLINE Mask mask_of(uint32_t bits) {
+  const Mask weights = splat<Mask>(1) << lane_numbers<Mask>();
+  return (Mask)((splat<Mask>(bits) & weights) == weights);
+}
+
+NORMDROP_INLINE double sum_of(F32 v) {
+  double sum = 0.0;
+  for (int i = 0; i < kFloats; i += 4) {
+    sum += ((double)v[i] + (double)v[i + 1]) + ((double)v[i + 2] + (double)v[i + 3]);
+  }
+  return sum;
+}
+
+NORMDROP_INLINE double sum_of(F64 v) {
+  double sum = 0.0;
+  for (int i = 0; i < kDoubles; i += 2) {
+    sum += v[i] + v[i + 1];
+  }
+  return sum;
+}
+
 NORMDROP_INLINE F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
   return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -147,44 +239,41 @@ NORMDROP_INLINE U16Half narrow(F32 v, bfloat16) {
 }
 
 #if !defined(__F16C__) && !defined(__aarch64__)
-NORMDROP_INLINE float half_to_float(uint16_t h) {
-  // The exponent moves by 112; the multiplication makes subnormal numbers right.
-  uint32_t bits = (uint32_t)(h & 0x7FFF) << 13;
+union FloatBits {
+  uint32_t bits;
+  float value;
+};
+
+__attribute__((noinline)) float half_to_float(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16;
+  FloatBits f;
+  f.bits = (uint32_t)(h & 0x7FFF) << 13;
   if ((h & 0x7C00) == 0x7C00) {
-    bits |= 0x7F800000;
-    bits |= (h & 0x3FF) != 0 ? 0x400000 : 0;
+    f.bits |= 0x7F800000 | ((h & 0x3FF) != 0 ? 0x400000 : 0);
+  } else {
+    f.value *= 0x1p112f;  // the exponent's bias; makes subnormal numbers right, too
   }
-  float f;
-  memcpy(&f, &bits, 4);
-  if ((h & 0x7C00) != 0x7C00) {
-    f *= 0x1p112f;
-  }
-  memcpy(&bits, &f, 4);
-  bits |= (uint32_t)(h & 0x8000) << 16;
-  memcpy(&f, &bits, 4);
-  return f;
+  f.bits |= sign;
+  return f.value;
 }
 
-NORMDROP_INLINE uint16_t float_to_half(float f) {
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000;
-  bits &= 0x7FFFFFFF;
-  if (bits > 0x7F800000) {
+__attribute__((noinline)) uint16_t float_to_half(float value) {
+  FloatBits f;
+  f.value = value;
+  const uint32_t sign = (f.bits >> 16) & 0x8000;
+  f.bits &= 0x7FFFFFFF;
+  if (f.bits > 0x7F800000) {
     return (uint16_t)(sign | 0x7E00);
   }
-  if (bits >= 0x477FF000) {  // 65520 and above round to infinity
+  if (f.bits >= 0x477FF000) {  // 65520 and above round to infinity
     return (uint16_t)(sign | 0x7C00);
   }
-  if (bits < 0x38800000) {  // subnormal in half: let the addition round
-    float magnitude;
-    memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    memcpy(&bits, &magnitude, 4);
-    return (uint16_t)(sign | (bits - 0x3F000000));
+  if (f.bits < 0x38800000) {  // subnormal in half: let the addition round
+    f.value += 0.5f;
+    return (uint16_t)(sign | (f.bits - 0x3F000000));
   }
-  bits += 0xFFF + ((bits >> 13) & 1);
-  return (uint16_t)(sign | ((bits - 0x38000000) >> 13));
+  f.bits += 0xFFF + ((f.bits >> 13) & 1);
+  return (uint16_t)(sign | ((f.bits - 0x38000000) >> 13));
 }
 #endif
 
@@ -196,7 +285,7 @@ NORMDROP_INLINE F32 widen(U16Half bits, half) {
 #elif defined(__aarch64__)
   return (F32)vcvt_f32_f16((float16x4_t)bits);
 #else
-  F32 v;
+  F32 v{};
   for (int i = 0; i < kFloats; ++i) {
     v[i] = half_to_float(bits[i]);
   }
@@ -212,7 +301,7 @@ NORMDROP_INLINE U16Half narrow(F32 v, half) {
 #elif defined(__aarch64__)
   return (U16Half)vcvt_f16_f32((float32x4_t)v);
 #else
-  U16Half bits;
+  U16Half bits{};
   for (int i = 0; i < kFloats; ++i) {
     bits[i] = float_to_half(v[i]);
   }
@@ -231,7 +320,7 @@ struct Lanes<float> {
   using V = F32;
   using Mask = I32;
   static constexpr int width = kFloats;
-  static inline __attribute__((always_inline)) V load(const float* p) { return load_vector<V>(p); }
+  NORMDROP_INLINE V load(const float* p) { return load_vector<V>(p); }
   NORMDROP_INLINE void store(float* p, V v) { store_vector(p, v); }
   NORMDROP_INLINE void stream(float* p, V v) { stream_vector(p, v); }
 };
@@ -242,7 +331,7 @@ struct Lanes<double> {
   using V = F64;
   using Mask = I64;
   static constexpr int width = kDoubles;
-  static inline __attribute__((always_inline)) V load(const double* p) { return load_vector<V>(p); }
+  NORMDROP_INLINE V load(const double* p) { return load_vector<V>(p); }
   NORMDROP_INLINE void store(double* p, V v) { store_vector(p, v); }
   NORMDROP_INLINE void stream(double* p, V v) { stream_vector(p, v); }
 };
@@ -253,7 +342,7 @@ struct LanesOf16Bits {
   using V = F32;
   using Mask = I32;
   static constexpr int width = kFloats;
-  static inline __attribute__((always_inline)) V load(const T* p) { return widen(load_vector<U16Half>(p), T{}); }
+  NORMDROP_INLINE V load(const T* p) { return widen(load_vector<U16Half>(p), T{}); }
   NORMDROP_INLINE void store(T* p, V v) { store_vector(p, narrow(v, T{})); }
   NORMDROP_INLINE void stream(T* p, V v) { stream_vector(p, narrow(v, T{})); }
 };
@@ -262,9 +351,16 @@ struct Lanes<bfloat16> : LanesOf16Bits<bfloat16> {};
 template <>
 struct Lanes<half> : LanesOf16Bits<half> {};
 
-// The first n elements (n <= width); the others are zero.
+// The first n elements (0 <= n <= width); the others are zero.
 template <class T>
 NORMDROP_INLINE typename Lanes<T>::V load_first(const T* p, int64_t n) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (F32)_mm256_maskload_ps((const float*)p, (__m256i)first_lanes<I32>(n));
+  } else if constexpr (sizeof(T) == 8) {
+    return (F64)_mm256_maskload_pd((const double*)p, (__m256i)first_lanes<I64>(n));
+  }
+#endif
   T buffer[Lanes<T>::width] = {};
   for (int64_t i = 0; i < n; ++i) {
     buffer[i] = p[i];
@@ -274,16 +370,20 @@ NORMDROP_INLINE typename Lanes<T>::V load_first(const T* p, int64_t n) {
 
 template <class T>
 NORMDROP_INLINE void store_first(T* p, typename Lanes<T>::V v, int64_t n) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm256_maskstore_ps((float*)p, (__m256i)first_lanes<I32>(n), (__m256)v);
+    return;
+  } else if constexpr (sizeof(T) == 8) {
+    _mm256_maskstore_pd((double*)p, (__m256i)first_lanes<I64>(n), (__m256d)v);
+    return;
+  }
+#endif
   T buffer[Lanes<T>::width];
   Lanes<T>::store(buffer, v);
   for (int64_t i = 0; i < n; ++i) {
     p[i] = buffer[i];
   }
-}
-
-template <class V>
-NORMDROP_INLINE V splat(double value) {
-  return (V){} + static_cast<decltype(V{}[0] + 0)>(value);
 }
 
 }  // namespace

@@ -1,0 +1,105 @@
+// How a tensor (N, C, ...) lies in memory, and the checks on what an operator is given.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <utility>
+#include <vector>
+
+namespace normdrop {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// x seen as (outer, channels, inner): contiguous (N, C, H, W) is (N, C, H*W), channels_last is
+// (N*H*W, C, 1). Any order of the dimensions has such a view, as long as they lie densely.
+struct Layout {
+  int64_t outer, channels, inner;
+  bool is_dense;
+};
+
+inline Layout layout_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  const auto strides = x.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride and dimension, without those of size 1
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (sizes[d] != 1) {
+      dims.emplace_back(strides[d], d);
+    }
+  }
+  std::sort(dims.begin(), dims.end());
+  Layout layout{1, sizes[1], 1, true};
+  int64_t expected = 1;
+  bool past_channels = sizes[1] == 1;
+  for (const auto& [stride, d] : dims) {
+    layout.is_dense = layout.is_dense && stride == expected;
+    expected *= sizes[d];
+    if (d == 1) {
+      past_channels = true;
+    } else {
+      (past_channels && sizes[1] != 1 ? layout.outer : layout.inner) *= sizes[d];
+    }
+  }
+  return layout;
+}
+
+inline bool has_same_layout(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) {
+    return false;
+  }
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d) || (a.size(d) != 1 && a.stride(d) != b.stride(d))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// t itself if it lies as `like` does and has its type, else a copy that does.
+inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
+  if (t.scalar_type() == like.scalar_type() && has_same_layout(t, like)) {
+    return t;
+  }
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// Calls run(i) for every task i, each once, on torch's own threads. Which thread takes which task
+// is open: what tasks compute must not depend on it.
+template <class Run>
+void parallel_tasks(int64_t tasks, int64_t elements, const Run& run) {
+  constexpr int64_t worthwhile = 32768;
+  const int64_t threads = elements < worthwhile ? 1 : torch::stable::get_num_threads();
+  const int64_t workers = std::min(tasks, threads);
+  if (workers <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) {
+      run(i);
+    }
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) {
+      run(i);
+    }
+  });
+}
+
+// Calls run(begin, end) for consecutive ranges of the tasks, the same thread having the same range
+// each time: so that it finds in its cache what it left there.
+template <class Run>
+void parallel_ranges(int64_t tasks, int64_t elements, const Run& run) {
+  constexpr int64_t worthwhile = 32768;
+  if (elements < worthwhile || tasks <= 1) {
+    run(int64_t{0}, tasks);
+  } else {
+    torch::stable::parallel_for(0, tasks, 1, run);
+  }
+}
+
+}  // namespace normdrop
