@@ -226,7 +226,6 @@ def _loss(y: Tensor) -> Tensor:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", _PAIRS)
 def test_outputs_gradients_and_statistics_equal_plain_torchs(name: str, training: bool) -> None:
-    torch.manual_seed(0)
     make, make_plain, shape = _PAIRS[name]
     network, plain = make().double(), make_plain().double()
     state = network.state_dict()

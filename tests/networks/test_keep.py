@@ -48,7 +48,6 @@ def test_keep_input_is_one_layer_and_keep_hidden_those_of_the_docstring(name: st
 @pytest.mark.parametrize("norm", [True, False])
 def test_the_output_is_never_dropped(name: str, norm: bool) -> None:
     """What the network gives is the output layer's own product, to the bit."""
-    torch.manual_seed(0)
     make, shape, _ = _NETWORKS[name]
     network: Any = make(keep_input=0.5, keep_hidden=0.5, norm=norm).train()
     assert type(network.output) is torch.nn.Linear
@@ -66,7 +65,6 @@ def test_the_output_is_never_dropped(name: str, norm: bool) -> None:
 
 @_all
 def test_keep_input_drops_input_values_before_the_first_layer(name: str) -> None:
-    torch.manual_seed(0)
     make, shape, _ = _NETWORKS[name]
     network = make(keep_input=0.8).train()
     first = next(m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)))
@@ -94,7 +92,6 @@ def test_keep_hidden_leaves_the_input_whole(name: str) -> None:
 
 
 def test_resnets_keep_hidden_acts_on_the_features_that_enter_the_output() -> None:
-    torch.manual_seed(0)
     network = networks.resnet(8, 10, width=64, keep_hidden=0.5).train()
     seen: list[Tensor] = []
     network.fc.register_forward_pre_hook(lambda module, x: seen.append(x[0]))
@@ -143,7 +140,6 @@ def test_a_keep_outside_0_1_is_refused(name: str, option: str, keep: object) -> 
 @_all
 def test_masks_follow_the_seed(name: str) -> None:
     make, shape, _ = _NETWORKS[name]
-    torch.manual_seed(0)
     network, x = make(keep_input=0.5, keep_hidden=0.5).train(), torch.randn(shape)
     torch.manual_seed(1)
     y1 = network(x)

@@ -125,7 +125,6 @@ def test_input_norm_normalizes_the_input_and_adds_nothing_else(name: str, norm: 
 
 def test_first_dropout_comes_after_input_norm() -> None:
     """A dropped pixel is its channel's mean then."""
-    torch.manual_seed(0)
     network = networks.resnet(8, 10, keep_input=0.5, input_norm=True)
     seen: list[torch.Tensor] = []
     network.conv1.register_forward_pre_hook(lambda module, x: seen.append(x[0]))
@@ -136,7 +135,6 @@ def test_first_dropout_comes_after_input_norm() -> None:
 @pytest.mark.parametrize("depth", [8, 50])
 @pytest.mark.parametrize("norm", [True, False])
 def test_zero_init_last_makes_every_block_its_shortcut(depth: int, norm: bool) -> None:
-    torch.manual_seed(0)
     network: Any = networks.resnet(depth, 10, width=2, zero_init_last=True, norm=norm)
     blocks = [m for m in network.modules() if hasattr(m, "zero_last")]
     assert len(blocks) == {8: 3, 50: 16}[depth]
@@ -151,7 +149,6 @@ def test_zero_init_last_makes_every_block_its_shortcut(depth: int, norm: bool) -
 
 
 def test_zero_init_last_of_a_wide_resnet_makes_every_block_its_shortcut_and_can_learn() -> None:
-    torch.manual_seed(0)
     network: Any = networks.wide_resnet(16, 1, 10, zero_init_last=True)
     for stage in (network.layer1, network.layer2, network.layer3):
         for block in stage:
@@ -165,7 +162,6 @@ def test_zero_init_last_of_a_wide_resnet_makes_every_block_its_shortcut_and_can_
 
 @_all
 def test_weights_begin_by_hes_rule_and_the_first_loss_is_that_of_a_guess(name: str) -> None:
-    torch.manual_seed(0)
     make, shape = _NETWORKS[name]
     network = make()
     for module in network.modules():
@@ -226,7 +222,6 @@ def test_copies_and_pickles_give_the_same_output(name: str) -> None:
 
 @_all
 def test_channels_last_images_give_the_same_output(name: str) -> None:
-    torch.manual_seed(0)
     make, shape = _NETWORKS[name]
     network, x = make().double(), torch.randn(shape, dtype=torch.float64)
     other = copy.deepcopy(network).to(memory_format=torch.channels_last)

@@ -208,12 +208,13 @@ def describe(
         raise UserError(
             "describe: the model has lazy layers without parameters; call it on one batch first"
         )
-    arguments, keywords, shape = _inputs(model, input_size, batch_size)
+    run = _Run(model)
+    with torch.inference_mode(False), torch.enable_grad():
+        arguments, keywords, shape = _inputs(model, input_size, batch_size)
+        with _left_as_it_was(model) as buffers, run.watched(buffers):
+            torch.func.functional_call(model, buffers, arguments, keywords)
     first = (*arguments, *keywords.values())[0]
     samples = first.shape[0] if first.dim() else 1
-    run = _Run(model)
-    with _left_as_it_was(model) as buffers, run.watched(buffers):
-        torch.func.functional_call(model, buffers, arguments, keywords)
     for layer in run.layers:
         layer.multiply_adds //= max(samples, 1)
     return Description(type(model).__name__, shape, samples, run.rows())
@@ -340,11 +341,7 @@ def _left_as_it_was(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
     tensors = (*model.parameters(), *model.buffers())
     accelerators = sorted({t.device for t in tensors if t.is_cuda}, key=str)
     try:
-        with (
-            torch.random.fork_rng(devices=accelerators),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
+        with torch.random.fork_rng(devices=accelerators):
             model.train()
             yield {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     finally:
