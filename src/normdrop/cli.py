@@ -198,7 +198,7 @@ def _parse(name: str, arguments: list[str]) -> dict[str, Any]:
             "--config", action="config", help="a file of options, such as a run's options.yaml"
         )
     groups = _add_arguments(parser, command)
-    values = vars(_checked(parser, name, arguments))
+    values: dict[str, Any] = vars(_checked(parser, name, arguments))
     values.pop("config", None)
     made = {
         key: group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})

@@ -38,7 +38,7 @@ COLUMNS = (
 )
 
 
-class AtomicCheckpoints(TorchCheckpointIO):  # type: ignore[misc]
+class AtomicCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all."""
 
     def save_checkpoint(
@@ -52,7 +52,7 @@ class AtomicCheckpoints(TorchCheckpointIO):  # type: ignore[misc]
             temporary.write_bytes(buffer.getbuffer())
 
 
-class Record(pl.callbacks.Checkpoint):  # type: ignore[misc]
+class Record(pl.callbacks.Checkpoint):
     """After every epoch: metrics.csv, TensorBoard, last.ckpt, and best.ckpt if it is the best.
 
     The best epoch has the highest validation accuracy, and among equals the lowest validation loss.
@@ -120,7 +120,7 @@ class Record(pl.callbacks.Checkpoint):  # type: ignore[misc]
         write_text(self.folder / "metrics.csv", text.getvalue())
 
 
-class Display(pl.Callback):  # type: ignore[misc]
+class Display(pl.Callback):
     """A progress bar on a terminal, and a line an epoch everywhere.
 
     Args:

@@ -211,7 +211,7 @@ class Options:
         known = {item.name for group in groups for item in fields(group)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"Unknown option {', '.join(map(repr, unknown))} of a run")
-        made = [
+        made: list[Any] = [
             group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
             for group in groups
         ]

@@ -69,7 +69,7 @@ def resolve(options: Options, *, name: str, kind: str) -> Options:
     family = "_".join(re.findall(r"[a-z]+", model.removesuffix("_bn")))
     recipe = COMMON | FAMILY.get(family, {}) | (own if model == own["model"] else {})
     recipe["model"] = model
-    filled = []
+    filled: list[Any] = []
     for group in (options.data, options.network, options.recipe, options.run):
         missing = {
             item.name: recipe[item.name]

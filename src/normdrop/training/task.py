@@ -123,10 +123,12 @@ class Task(pl.LightningModule):
     def progress(self, batch: int) -> float:
         """Share of the training that is done in the middle of a step: by steps, or by the time."""
         epochs = cast(int, self.recipe.epochs)
-        share = (self.current_epoch + (batch + 0.5) / self.trainer.num_training_batches) / epochs
+        batches = int(self.trainer.num_training_batches)
+        share = (self.current_epoch + (batch + 0.5) / batches) / epochs
         if self.limit is not None:
             elapsed = torch.tensor(self.elapsed, dtype=torch.float64)
-            share = max(share, float(self.trainer.strategy.broadcast(elapsed)) / self.limit)
+            elapsed = self.trainer.strategy.broadcast(elapsed)
+            share = max(share, float(elapsed) / self.limit)
         return share
 
     def on_train_start(self) -> None:
@@ -137,7 +139,7 @@ class Task(pl.LightningModule):
         """Start the epoch's sums, and tell the data which epoch it is."""
         self._epoch_begin = time.monotonic()
         self._sums["train"].zero_()
-        self.trainer.datamodule.set_epoch(self.current_epoch)  # type: ignore[attr-defined]
+        self.trainer.datamodule.set_epoch(self.current_epoch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the step's seed and learning rate, both functions of the step alone."""

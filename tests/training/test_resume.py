@@ -1,0 +1,205 @@
+"""A run that was stopped goes on, and ends with the weights of one that was not, bit for bit."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from normdrop.errors import UserError
+from normdrop.training.fit import Stopped, train
+from normdrop.training.options import Options
+from normdrop.training.task import Task
+from normdrop.training.weights import load_checkpoint
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Let Ctrl-C come in a certain step."""
+
+    def arm(step):
+        original = Task.training_step
+
+        def training_step(self, batch, batch_idx):
+            if self.global_step == step:
+                raise KeyboardInterrupt
+            return original(self, batch, batch_idx)
+
+        monkeypatch.setattr(Task, "training_step", training_step)
+        return lambda: monkeypatch.setattr(Task, "training_step", original)
+
+    return arm
+
+
+def rows(run):
+    """The rows of metrics.csv but for their times."""
+    with (run / "metrics.csv").open() as file:
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+            for row in csv.DictReader(file)
+        ]
+
+
+def assert_same_end(run, other):
+    assert (run / "weights.safetensors").read_bytes() == (
+        other / "weights.safetensors"
+    ).read_bytes()
+    assert rows(run) == rows(other)
+    for name in ("last.ckpt", "best.ckpt"):
+        one, two = (
+            torch.load(folder / "checkpoints" / name, weights_only=True) for folder in (run, other)
+        )
+        assert one["state_dict"].keys() == two["state_dict"].keys()
+        for key, value in one["state_dict"].items():
+            assert torch.equal(value, two["state_dict"][key]), key
+        for key, value in one["averaged"].items():
+            assert torch.equal(value, two["averaged"][key]), key
+    one, two = (json.loads((folder / "result.json").read_text()) for folder in (run, other))
+    for key in ("accuracy", "loss", "confusion", "best_epoch", "epochs"):
+        assert one[key] == two[key]
+
+
+# 719 samples are trained on, 64 a step: 12 steps an epoch.
+@pytest.mark.parametrize(
+    ("step", "average"),
+    [(0, 0.0), (12, 0.9), (17, 0.0), (17, 0.9), (35, 0.0)],
+    ids=["first step", "epoch begins", "within", "within, averaged", "last step"],
+)
+def test_a_stopped_run_ends_with_the_same_bits(small, whole_run, stop_at, step, average):
+    whole = whole_run(average)
+    release = stop_at(step)
+    with pytest.raises(Stopped, match=r"Go on with: normdrop train --resume .*stopped"):
+        train(small(name="stopped", average=average))
+    release()
+    stopped = Path(small().run.runs_dir) / "stopped"
+    assert not (stopped / "result.json").exists()
+    assert (stopped / "checkpoints" / "last.ckpt").exists() == (step >= 12)
+    assert train(resume=stopped) == stopped
+    assert_same_end(stopped, whole)
+
+
+def test_a_run_stopped_twice_ends_with_the_same_bits(small, stop_at):
+    whole = train(small(name="whole", augment="shift"))
+    release = stop_at(14)
+    with pytest.raises(Stopped):
+        train(small(name="stopped", augment="shift"))
+    release()
+    release = stop_at(27)
+    with pytest.raises(Stopped):
+        train(resume=whole.parent / "stopped")
+    release()
+    assert_same_end(train(resume=whole.parent / "stopped"), whole)
+
+
+def test_a_killed_run_ends_with_the_same_bits(small, tmp_path):
+    whole = train(small(name="whole", epochs=12))
+    killed = whole.parent / "killed"
+    options = tmp_path / "options.yaml"
+    options.write_text(yaml.safe_dump(small(name="killed", epochs=12).flat()))
+    command = [sys.executable, "-m", "normdrop", "train", "--config", str(options)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not (killed / "checkpoints" / "last.ckpt").exists():
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(0.3)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (killed / "result.json").exists(), "the run ended before it could be killed"
+    assert_same_end(train(resume=killed), whole)
+
+
+def test_a_run_killed_after_its_last_epoch_is_tested_on_resume(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    for name in ("result.json", "weights.safetensors", "evaluation.safetensors"):
+        (run / name).unlink()
+    assert_same_end(train(resume=run), finished_run)
+
+
+def test_rows_after_the_checkpoint_are_forgotten(small, stop_at):
+    release = stop_at(17)
+    with pytest.raises(Stopped):
+        train(small(name="run"))
+    release()
+    run = Path(small().run.runs_dir) / "run"
+    with (run / "metrics.csv").open("a") as file:
+        file.write("2,24,0.1,0,0,0,0,0,0\n")
+    train(resume=run)
+    assert [row["epoch"] for row in rows(run)] == ["1", "2", "3"]
+
+
+def test_loading_a_checkpoint_runs_no_code(finished_run):
+    checkpoint = finished_run / "checkpoints" / "best.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["epoch"] >= 0
+
+
+def test_a_finished_run_is_not_resumed(finished_run):
+    with pytest.raises(UserError, match=r"is finished; train again with: normdrop train --config"):
+        train(resume=finished_run)
+
+
+def test_a_folder_that_is_no_run_is_not_resumed(tmp_path):
+    with pytest.raises(UserError, match=r"Expected a run folder with options.yaml"):
+        train(resume=tmp_path)
+    with pytest.raises(UserError, match=r"There is no run folder"):
+        train(resume=tmp_path / "nowhere")
+
+
+def unfinished(finished_run, folder):
+    run = shutil.copytree(finished_run, folder / "run")
+    (run / "result.json").unlink()
+    return run
+
+
+def test_a_resumed_run_keeps_its_options(finished_run, tmp_path):
+    run = unfinished(finished_run, tmp_path)
+    with pytest.raises(UserError, match=r"epochs is 3, but got 5; leave out --epochs"):
+        train(Options.from_flat({"epochs": 5}), resume=run)
+    train(Options.from_flat({"epochs": 3, "max_time": "1h"}), resume=run)
+
+
+def test_changed_data_are_noticed(finished_run, tmp_path):
+    run = unfinished(finished_run, tmp_path)
+    record = json.loads((run / "run.json").read_text())
+    record["digest"] = "another"
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"The data changed since the run"):
+        train(resume=run)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.98])
+def test_a_checkpoint_that_was_cut_off_is_named(finished_run, tmp_path, keep):
+    run = unfinished(finished_run, tmp_path)
+    last = run / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    last.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
+    with pytest.raises(UserError, match=r"Cannot read .*last.ckpt .*cut off"):
+        train(resume=run)
+
+
+def test_a_checkpoint_of_another_network_is_named(finished_run, small, tmp_path):
+    other = train(small(name="other", epochs=1, width=8))
+    run = unfinished(finished_run, tmp_path)
+    shutil.copy(other / "checkpoints" / "last.ckpt", run / "checkpoints" / "last.ckpt")
+    with pytest.raises(
+        UserError,
+        match=r"last.ckpt belongs to another network: conv1.weight should have shape "
+        r"\(4, 1, 3, 3\), not \(8, 1, 3, 3\).*and \d+ more",
+    ):
+        train(resume=run)
+
+
+def test_a_checkpoint_that_is_none_is_named(tmp_path):
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match=r"no checkpoint of a run"):
+        load_checkpoint(tmp_path / "last.ckpt", torch.nn.Linear(1, 1))
