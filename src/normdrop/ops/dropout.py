@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from normdrop.ops import reference
+from normdrop.ops import has_kernels, reference
+from normdrop.ops.random import make_seed
 
-__all__ = ["alpha_dropout", "dropout", "keep_mask", "make_seed"]
+__all__ = ["alpha_dropout", "dropout", "make_seed"]
 
+_KERNEL_TYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
-def make_seed(
-    x: Tensor, seed: int | Tensor | None = None, generator: torch.Generator | None = None
-) -> Tensor:
-    """The seed as an int64 scalar tensor on x's device; drawn from the generator if not given."""
-    if seed is None:
-        return reference.draw_seed(generator).to(x.device)
-    if isinstance(seed, Tensor):
-        return seed.to(x.device, torch.int64)
-    wrapped = (int(seed) + (1 << 63)) % (1 << 64) - (1 << 63)
-    return torch.tensor(wrapped, dtype=torch.int64, device=x.device)
-
-
-def keep_mask(
-    shape: tuple[int, ...], keep: float, seed: Tensor, sample_offset: int = 0
-) -> Tensor:
-    """See :func:`normdrop.ops.reference.keep_mask`."""
-    return reference.keep_mask(shape, keep, seed, sample_offset)
-
-
-def _mask(
-    x: Tensor, keep: float, seed: Tensor, sample_offset: int, shared_dims: tuple[int, ...]
-) -> Tensor:
-    shared = {d % x.dim() for d in shared_dims}
-    shape = tuple(1 if d in shared else size for d, size in enumerate(x.shape))
-    return keep_mask(shape, keep, seed, sample_offset)
-
-
-def _check_floating_point(x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise RuntimeError(
-            f"dropout: the input must be floating-point, got {x.dtype}; convert it first"
-        )
+Rule = tuple[int, float, float, float, int, tuple[int, ...]]
+"""threshold, scale, shift, fill, sample_offset and shared_dims: all of the operator but x, seed."""
 
 
 def dropout(
@@ -55,18 +29,154 @@ def dropout(
     shared_dims: tuple[int, ...] = (),
 ) -> Tensor:
     """z = scale · (r ⊙ x) with r = keep_mask(…), r being constant along shared_dims."""
-    _check_floating_point(x)
     if keep == 1.0 and scale == 1.0:
+        _check_input(x, sample_offset)
         return x
-    mask = _mask(x, keep, make_seed(x, seed, generator), sample_offset, shared_dims)
-    z = reference.dropout(x, mask, scale)
-    return x.copy_(z) if inplace else z
+    return _draw_and_drop(
+        x, keep, (scale, 0.0, 0.0), seed, sample_offset, generator, inplace, shared_dims
+    )
 
 
 def alpha_dropout(
-    x: Tensor, keep: float, a: float, low: float, b: float, shared_dims: tuple[int, ...] = ()
+    x: Tensor,
+    keep: float,
+    a: float,
+    low: float,
+    b: float,
+    shared_dims: tuple[int, ...] = (),
+    seed: int | Tensor | None = None,
+    sample_offset: int = 0,
+    generator: torch.Generator | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """z = a (r ⊙ x + (1 − r) low) + b."""
-    _check_floating_point(x)
-    mask = _mask(x, keep, make_seed(x), 0, shared_dims)
-    return torch.where(mask, x * a + b, torch.full((), a * low + b, dtype=x.dtype, device=x.device))
+    return _draw_and_drop(
+        x, keep, (a, b, a * low + b), seed, sample_offset, generator, inplace, shared_dims
+    )
+
+
+def _draw_and_drop(
+    x: Tensor,
+    keep: float,
+    coefficients: tuple[float, float, float],
+    seed: int | Tensor | None,
+    sample_offset: int,
+    generator: torch.Generator | None,
+    inplace: bool,
+    shared_dims: tuple[int, ...],
+) -> Tensor:
+    _check_input(x, sample_offset)
+    threshold = reference.keep_threshold(keep)
+    if threshold == 0 and seed is None:
+        seed = 0  # nothing is left to chance, so nothing is drawn, as in torch
+    rule = (threshold, *coefficients, sample_offset, _positive_dims(x, shared_dims))
+    if inplace:
+        return _drop_in_place(x, make_seed(x, seed, generator), rule)
+    return _drop(x, make_seed(x, seed, generator), rule)
+
+
+def _check_input(x: Tensor, sample_offset: int) -> None:
+    if not (x.is_floating_point() or x.is_complex()):
+        raise RuntimeError(
+            f"dropout: the input must be floating-point, got {x.dtype}; convert it first"
+        )
+    if sample_offset < 0:
+        raise ValueError(f"dropout: sample_offset must not be negative, got {sample_offset}")
+
+
+def _positive_dims(x: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
+    if not all(-x.dim() <= d < x.dim() for d in dims):
+        raise ValueError(
+            f"dropout: shared_dims must lie in [{-x.dim()}, {x.dim()}) for an input of "
+            f"{x.dim()} dimensions, got {dims}"
+        )
+    return tuple(d % x.dim() for d in dims)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """A custom operator has no rule for torch.func's transforms and forward-mode derivatives."""
+    return (
+        has_kernels()
+        and x.device.type == "cpu"
+        and x.dtype in _KERNEL_TYPES
+        and x.layout is torch.strided
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _drop(x: Tensor, seed: Tensor, rule: Rule) -> Tensor:
+    if _has_kernel(x):
+        z: Tensor = torch.ops.normdrop.dropout.default(x, seed, *rule)
+        return z
+    threshold, scale, shift, fill, sample_offset, shared_dims = rule
+    shape = tuple(1 if d in shared_dims else size for d, size in enumerate(x.shape))
+    mask = reference.keep_mask_of_threshold(shape, threshold, seed, sample_offset)
+    return reference.dropout(x, mask, scale, shift, fill)
+
+
+def _drop_in_place(x: Tensor, seed: Tensor, rule: Rule) -> Tensor:
+    if not _has_kernel(x) or torch.compiler.is_compiling():
+        return x.copy_(_drop(x, seed, rule))
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = _InPlace.apply(x, seed, rule)  # type: ignore[no-untyped-call]
+        return result
+    torch.ops.normdrop.dropout_.default(x, seed, *rule)
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
+def _gradient_rule(rule: Rule) -> Rule:
+    """The derivative of scale · x + shift where kept and of a constant where dropped."""
+    threshold, scale, _, _, sample_offset, shared_dims = rule
+    return threshold, scale, 0.0, 0.0, sample_offset, shared_dims
+
+
+class _InPlace(torch.autograd.Function):
+    """What torch.library has no registration for: the derivative of an operator in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor, rule: Rule) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(seed)
+        ctx.rule = rule
+        torch.ops.normdrop.dropout_.default(x, seed, *rule)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _drop(grad, ctx.saved_tensors[0], _gradient_rule(ctx.rule)), None, None
+
+
+def _fake(
+    x: Tensor,
+    seed: Tensor,
+    threshold: int,
+    scale: float,
+    shift: float,
+    fill: float,
+    sample_offset: int,
+    shared_dims: list[int],
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_in_place(*args: Any) -> None:
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, seed, threshold, scale, shift, fill, sample_offset, shared_dims = inputs
+    ctx.save_for_backward(seed)
+    ctx.rule = (threshold, scale, shift, fill, sample_offset, tuple(shared_dims))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # ∂L/∂x_i = scale · r_i · ∂L/∂z_i: the same mask, drawn again.
+    return (_drop(grad, ctx.saved_tensors[0], _gradient_rule(ctx.rule)), *[None] * 7)
+
+
+if has_kernels():
+    torch.library.register_fake("normdrop::dropout", _fake)
+    torch.library.register_fake("normdrop::dropout_", _fake_in_place)
+    torch.library.register_autograd("normdrop::dropout", _backward, setup_context=_setup_context)

@@ -17,9 +17,10 @@ __all__ = [
     "activate",
     "batch_norm",
     "batch_statistics",
-    "draw_seed",
     "dropout",
     "keep_mask",
+    "keep_mask_of_threshold",
+    "keep_threshold",
     "philox",
     "update_running_statistics",
 ]
@@ -97,24 +98,31 @@ def activate(y: Tensor, activation: str | None) -> Tensor:
 
 
 def _multiply_wide(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of factor · word, both below 2³²; int64 wraps around modulo 2⁶⁴."""
-    product = word * factor
-    return (product >> 32) & _LOW32, product & _LOW32
+    """High and low 32 bits of factor · word, both below 2³².
+
+    factor · word − 2³² · word fits into int64, since factor − 2³² is above −2³¹.
+    """
+    product = word * (factor - 2**32)
+    return ((product >> 32) + word) & _LOW32, product & _LOW32
 
 
-def philox(counter: tuple[Tensor, Tensor, int], seed: Tensor, rounds: int = ROUNDS) -> list[Tensor]:
+def philox(
+    counter: tuple[Tensor | int, Tensor | int, int, int], seed: Tensor, rounds: int = ROUNDS
+) -> list[Tensor]:
     """Philox4x32 (Salmon et al. 2011, section 4) in int64 arithmetic.
 
     Args:
-        counter: words 0, 1 (int64 tensors below 2³²) and 2 of the counter; word 3 is 0.
+        counter: the four words of the counter, each below 2³², as int64 tensors or integers.
         seed: int64 scalar tensor, the 64-bit key.
         rounds: number of rounds.
 
     Returns:
         The four output words, int64 tensors below 2³².
     """
-    c0, c1 = counter[0], counter[1]
-    c2, c3 = torch.full_like(c0, counter[2]), torch.zeros_like(c0)
+    c0, c1, c2, c3 = (
+        word if isinstance(word, Tensor) else torch.full((), word, device=seed.device)
+        for word in counter
+    )
     k0, k1 = seed & _LOW32, (seed >> 32) & _LOW32
     for _ in range(rounds):
         high0, low0 = _multiply_wide(0xD2511F53, c0)
@@ -124,12 +132,9 @@ def philox(counter: tuple[Tensor, Tensor, int], seed: Tensor, rounds: int = ROUN
     return [c0, c1, c2, c3]
 
 
-def _sixteen_bits(first: int, count: int, seed: Tensor, stream: int) -> Tensor:
-    """Sixteen random bits for each of the elements first … first + count − 1, as int64."""
-    block = torch.arange(first >> 3, (first + count + 7) >> 3, device=seed.device)
-    words = philox((block & _LOW32, (block >> 32) & _LOW32, stream), seed)
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1)
-    return halves.flatten()[first & 7 : (first & 7) + count]
+def keep_threshold(keep: float) -> int:
+    """T = round(keep · 2³²); the probability to keep is T / 2³² exactly."""
+    return round(keep * 2**32)
 
 
 def keep_mask(
@@ -151,27 +156,46 @@ def keep_mask(
         keep: probability to keep, in [0, 1].
         seed: int64 scalar tensor.
         sample_offset: number of samples of the whole batch that lie before this shard's first.
+
+    Example:
+        >>> whole = keep_mask((4, 3), 0.5, torch.tensor(1))
+        >>> torch.equal(whole[2:], keep_mask((2, 3), 0.5, torch.tensor(1), sample_offset=2))
+        True
     """
+    return keep_mask_of_threshold(shape, keep_threshold(keep), seed, sample_offset)
+
+
+def keep_mask_of_threshold(
+    shape: tuple[int, ...] | torch.Size, threshold: int, seed: Tensor, sample_offset: int = 0
+) -> Tensor:
+    """See :func:`keep_mask`; T instead of keep."""
+    if threshold in (0, 2**32):
+        return torch.full(shape, threshold != 0, dtype=torch.bool, device=seed.device)
+    first = sample_offset * math.prod(shape[1:])
     count = math.prod(shape)
-    if keep >= 1.0 or keep <= 0.0:
-        return torch.full(shape, keep >= 1.0, dtype=torch.bool, device=seed.device)
-    per_sample = math.prod(shape[1:])
-    first = sample_offset * per_sample
-    threshold = round(keep * 2**32)
     upper, lower = threshold >> 16, threshold & 0xFFFF
-    bits = _sixteen_bits(first, count, seed, stream=0)
-    mask = bits < upper
+    block = torch.arange(first >> 3, (first + count + 7) >> 3, device=seed.device)
+
+    def half_words(stream: int) -> list[Tensor]:
+        words = philox((block & _LOW32, (block >> 32) & _LOW32, stream, 0), seed)
+        return [half for word in words for half in (word & 0xFFFF, word >> 16)]
+
+    random = half_words(0)
+    kept = [r < upper for r in random]
     if lower:
-        mask = mask | ((bits == upper) & (_sixteen_bits(first, count, seed, stream=1) < lower))
-    return mask.view(shape)
+        pairs = zip(random, half_words(1), strict=True)
+        decided = [(r == upper) & (e < lower) for r, e in pairs]
+        kept = [k | d for k, d in zip(kept, decided, strict=True)]
+    mask = torch.stack(kept, dim=-1).flatten()
+    return mask[first & 7 : (first & 7) + count].view(shape)
 
 
-def draw_seed(generator: torch.Generator | None = None) -> Tensor:
-    """A fresh int64 seed from torch's CPU generator, or from ``generator``."""
-    device = "cpu" if generator is None else generator.device
-    return torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
-
-
-def dropout(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """z = scale · (r ⊙ x): a dropped element gives 0, even where x is infinite or NaN."""
-    return torch.where(mask, x * scale, torch.zeros((), dtype=x.dtype, device=x.device))
+def dropout(
+    x: Tensor, mask: Tensor, scale: float, shift: float = 0.0, fill: float = 0.0
+) -> Tensor:
+    """z = scale · x + shift where the mask keeps, fill elsewhere, even where x is inf or NaN."""
+    z = x * scale
+    if shift:
+        # 16-bit types are rounded once.
+        z = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale + shift).to(x.dtype)
+    return torch.where(mask, z, torch.full((), fill, dtype=x.dtype, device=x.device))

@@ -1,0 +1,74 @@
+"""Where the seed of a dropout mask comes from.
+
+A mask is a pure function of a 64-bit seed and the element's index. The seed is one number from
+torch's CPU generator, so ``torch.manual_seed``, ``torch.random.fork_rng`` and activation
+checkpointing act as they do on torch's dropout. The same call draws the same seed in eager mode,
+in a compiled graph and in an exported one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["draw_seed", "make_seed"]
+
+_HIGH = 2**63 - 1
+
+# In a graph the draw is an operator of its own: inductor would replace torch.randint by a
+# generator of its own, which gives other numbers than eager mode. Two arguments that are not
+# looked at keep the draws apart and in order: `after`, the tensor that the mask will be for, and
+# `fresh`, a new tensor each time, since graph optimizations merge equal calls of an operator even
+# where it is tagged random, but never two calls of torch.empty.
+_library = torch.library.Library("normdrop", "FRAGMENT")
+_library.define(
+    "draw_seed(Tensor after, Tensor fresh) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+
+
+def _draw() -> Tensor:
+    return torch.randint(_HIGH, (), device="cpu")
+
+
+_library.impl("draw_seed", lambda after, fresh: _draw(), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("normdrop::draw_seed", lib=_library)
+def _(after: Tensor, fresh: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
+
+
+def draw_seed(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """An int64 scalar tensor drawn from ``generator``, or from torch's CPU generator.
+
+    Under ``torch.func.vmap`` the draw follows its ``randomness``: "same" draws one seed for all,
+    "different" one for each, "error" raises.
+    """
+    if generator is not None:
+        return torch.randint(_HIGH, (), generator=generator, device=generator.device)
+    if torch.compiler.is_compiling():
+        fresh = torch.empty((), device="cpu")
+        seed: Tensor = torch.ops.normdrop.draw_seed(x.detach(), fresh)
+        return seed
+    return _draw()
+
+
+def make_seed(
+    x: Tensor, seed: int | Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """The seed for x as an int64 scalar tensor on x's device; drawn if none is given."""
+    if seed is None:
+        drawn = draw_seed(x, generator)
+        return drawn if drawn.device == x.device else drawn.to(x.device)
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.is_floating_point() or seed.is_complex():
+            raise ValueError(
+                f"seed must be an integer or an integer tensor with one element, got "
+                f"{seed.dtype} of shape {tuple(seed.shape)}"
+            )
+        return seed.reshape(()).to(x.device, torch.int64)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    signed = seed if seed < 2**63 else seed - 2**64
+    return torch.full((), signed, dtype=torch.int64, device=x.device)
