@@ -1,14 +1,32 @@
-"""Batch normalization with what follows it: residual addition, activation, dropout."""
+"""Batch normalization with what follows it: residual addition, activation, dropout.
+
+The kernel saves x and per-channel vectors for backward. The activation's sign is worked out again
+from x; where a residual was added, one bit an element is kept instead.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from normdrop.ops import dropout as dropout_ops
-from normdrop.ops import reference
+from normdrop.ops import has_kernels, reference
 
 __all__ = ["batch_norm"]
+
+SLOPES: dict[str | None, float] = {None: 1.0, "relu": 0.0, "leaky_relu": 0.01}
+"""Slope, left of zero, of the activations that the kernel has."""
+
+NONFINITE = {"propagate": 0, "skip": 1, "raise": 2}
+
+_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+
+_SMALL = 4096
+"""Elements up to which torch's own operator is as fast: the call is all that counts."""
 
 
 def batch_norm(
@@ -28,12 +46,297 @@ def batch_norm(
     nonfinite: str,
 ) -> Tensor:
     """y = dropout(activation(BN(x) + residual)); training says whose statistics are used."""
-    y = torch.nn.functional.batch_norm(
-        x, running_mean, running_var, weight, bias, training, momentum, eps
-    )
+    if nonfinite == "propagate" and not torch.compiler.is_compiling() and x.numel() <= _SMALL:
+        y = torch.nn.functional.batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+    elif _takes_kernel(x, (running_mean, running_var, weight, bias), training, eps):
+        slope = SLOPES.get(activation, 1.0)
+        fused = residual is None or _is_ordered(x)
+        y, mean, var, _ = torch.ops.normdrop.batch_norm.default(
+            x,
+            None if training else running_mean,
+            None if training else running_var,
+            weight,
+            bias,
+            residual if fused else None,
+            training,
+            eps,
+            slope if fused else 1.0,
+        )
+        if training and (running_mean is not None or nonfinite == "raise"):
+            count = x.numel() // x.shape[1]
+            torch.ops.normdrop.batch_norm_update.default(
+                running_mean, running_var, mean, var, count, momentum, NONFINITE[nonfinite]
+            )
+        if fused:
+            residual = None
+            activation = None if activation in SLOPES else activation
+    else:
+        y = _plain(x, running_mean, running_var, weight, bias, training, momentum, eps, nonfinite)
     if residual is not None:
         y = y + residual
     y = reference.activate(y, activation)
     if keep < 1.0 and seed is not None:
-        y = dropout_ops.dropout(y, keep, 1.0 / keep, seed, sample_offset)
+        y = dropout_ops.dropout(y, keep, 1.0 / keep if keep else 0.0, seed, sample_offset)
     return y
+
+
+def _takes_kernel(
+    x: Tensor, vectors: tuple[Tensor | None, ...], training: bool, eps: float
+) -> bool:
+    """Whether the kernel computes this; what is wrong is left to torch, which says so."""
+    if not has_kernels() or x.device.type != "cpu" or x.dtype not in _TYPES or x.dim() < 2:
+        return False
+    if x.layout != torch.strided or _is_transformed():
+        return False
+    channels = x.shape[1]
+    if x.numel() == 0 or (training and (x.numel() == channels or eps <= 0.0)):
+        return False
+    if (vectors[0] is None) != (vectors[1] is None) or not (training or vectors[0] is not None):
+        return False
+    for vector in vectors:
+        if vector is None:
+            continue
+        if vector.dtype != x.dtype and not (x.dtype in _HALF and vector.dtype == torch.float32):
+            return False
+        if vector.dim() != 1 or vector.shape[0] != channels or vector.device.type != "cpu":
+            return False
+    return True
+
+
+def _is_transformed() -> bool:
+    """Under torch.func or forward-mode differentiation, for which the kernel has no rules."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def _is_ordered(x: Tensor) -> bool:
+    """Contiguous or channels_last, so that the kernel can keep one bit an element."""
+    if x.is_contiguous():
+        return True
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _plain(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    nonfinite: str,
+) -> Tensor:
+    """The same with torch's operator."""
+    if not training or nonfinite == "propagate":
+        return torch.nn.functional.batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+    y = torch.nn.functional.batch_norm(x, None, None, weight, bias, True, momentum, eps)
+    with torch.no_grad():
+        mean, var = reference.batch_statistics(x.detach())
+        is_finite = (mean.isfinite() & var.isfinite()).all()
+        if nonfinite == "raise" and not is_finite:
+            raise RuntimeError("batch_norm: the input holds NaN or infinity")
+        if running_mean is not None and running_var is not None:
+            new_mean, new_var = running_mean.clone(), running_var.clone()
+            reference.update_running_statistics(
+                new_mean, new_var, mean, var, x.numel() // x.shape[1], momentum
+            )
+            running_mean.copy_(torch.where(is_finite, new_mean, running_mean))
+            running_var.copy_(torch.where(is_finite, new_var, running_var))
+    return y
+
+
+# ---- Fake kernels: shapes, types and layouts only ----------------------------------------------
+
+
+def _batch_norm_fake(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vector = x.new_empty((x.shape[1],), dtype=torch.float64)
+    has_bits = residual is not None and slope != 1.0
+    size = (x.numel() + 7) // 8 + x.shape[0] * x.shape[1] if has_bits else 0
+    positive = x.new_empty((size,), dtype=torch.uint8)
+    return torch.empty_like(x), vector, torch.empty_like(vector), positive
+
+
+def _batch_norm_backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    positive: Tensor,
+    training: bool,
+    eps: float,
+    slope: float,
+    need_x: bool,
+    need_vectors: bool,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plain = torch.float64 if x.dtype == torch.float64 else torch.float32
+    size = (x.shape[1] if need_vectors else 0,)
+    return (
+        torch.empty_like(x) if need_x or need_residual else x.new_empty((0,)),
+        x.new_empty(size, dtype=plain if weight is None else weight.dtype),
+        x.new_empty(size, dtype=plain if bias is None else bias.dtype),
+        torch.empty_like(x) if need_residual else x.new_empty((0,)),
+    )
+
+
+def _batch_norm_update_fake(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+    nonfinite: int,
+) -> None:
+    return None
+
+
+# ---- Backward ----------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, _, weight, bias, _, training, eps, slope = inputs
+    _, mean, var, positive = output
+    ctx.save_for_backward(x, mean, var, weight, bias, positive)
+    ctx.training, ctx.eps, ctx.slope = training, eps, slope
+    ctx.mark_non_differentiable(mean, var, positive)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 9
+    x, mean, var, weight, bias, positive = ctx.saved_tensors
+    need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+    grad_x, grad_weight, grad_bias, grad_residual = torch.ops.normdrop.batch_norm_backward.default(
+        grad_y,
+        x,
+        mean,
+        var,
+        weight,
+        bias,
+        positive,
+        ctx.training,
+        ctx.eps,
+        ctx.slope,
+        need_x,
+        need_weight or need_bias,
+        need_residual and ctx.slope != 1.0,
+    )
+    if ctx.slope == 1.0:
+        grad_residual = grad_y
+    return (
+        grad_x if need_x else None,
+        None,
+        None,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,
+        grad_residual if need_residual else None,
+        None,
+        None,
+        None,
+    )
+
+
+# ---- Backward of the backward: through the reference -------------------------------------------
+
+
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_y, x, mean, var, weight, bias, positive, training, eps, slope, *_ = inputs
+    ctx.save_for_backward(grad_y, x, mean, var, weight, bias, positive)
+    ctx.training, ctx.eps, ctx.slope = training, eps, slope
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_y, x, mean, var, weight, bias, positive = ctx.saved_tensors
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that third derivatives find their way, and leaves where there are none.
+        grad_y, x, weight, bias = (
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in (grad_y, x, weight, bias)
+        )
+        statistics = reference.batch_statistics(x) if ctx.training else (mean, var)
+        mean, var = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in statistics)
+        y = reference.batch_norm(x, mean, var, weight, bias, ctx.eps)
+        g = grad_y
+        if ctx.slope != 1.0:
+            is_positive = unpack_bits(positive, x) if positive.numel() else ~(y <= 0)
+            g = torch.where(is_positive, g, ctx.slope * g)
+        vectors = [t for t in (weight, bias) if t is not None]
+        first = list(torch.autograd.grad(y, [x, *vectors], g, create_graph=True))
+        outputs = [first.pop(0)]
+        outputs += [first.pop(0) if t is not None else None for t in (weight, bias)]
+        outputs.append(g)
+        pairs = [
+            (o, v)
+            for o, v in zip(outputs, grads, strict=True)
+            if o is not None and v is not None and v.numel()
+        ]
+        inputs = [t for t in (grad_y, x, weight, bias) if t is not None]
+        second = (
+            list(
+                torch.autograd.grad(
+                    [o for o, _ in pairs],
+                    inputs,
+                    [v for _, v in pairs],
+                    create_graph=again,
+                    allow_unused=True,
+                )
+            )
+            if pairs
+            else [None] * len(inputs)
+        )
+    gg_y, gg_x = second[:2]
+    rest = second[2:]
+    gg_weight = rest.pop(0) if weight is not None else None
+    gg_bias = rest.pop(0) if bias is not None else None
+    return (gg_y, gg_x, None, None, gg_weight, gg_bias, None, None, None, None, None, None, None)
+
+
+def unpack_bits(positive: Tensor, x: Tensor) -> Tensor:
+    """The kernel's bits as a bool tensor of x's shape; see `positive` in csrc/library.cpp."""
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
+    bits = (positive.unsqueeze(1) & weights).ne(0)
+    n, c = x.shape[:2]
+    inner = x.numel() // (n * c)
+    if x.is_contiguous() and inner > 1:
+        row = (inner + 7) // 8
+        return bits[: n * c * row].view(n * c, row * 8)[:, :inner].reshape(x.shape)
+    flat = bits.flatten()[: x.numel()]
+    if x.is_contiguous():
+        return flat.view(x.shape)
+    return flat.view(n, *x.shape[2:], c).movedim(-1, 1)
+
+
+# ---- Registration ------------------------------------------------------------------------------
+
+if has_kernels():
+    torch.library.register_fake("normdrop::batch_norm", _batch_norm_fake)
+    torch.library.register_fake("normdrop::batch_norm_backward", _batch_norm_backward_fake)
+    torch.library.register_fake("normdrop::batch_norm_update", _batch_norm_update_fake)
+    torch.library.register_autograd("normdrop::batch_norm", _backward, setup_context=_setup_context)
+    torch.library.register_autograd(
+        "normdrop::batch_norm_backward",
+        _backward_of_backward,
+        setup_context=_setup_backward_context,
+    )
