@@ -144,7 +144,7 @@ class _InPlace(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _drop(grad, ctx.saved_tensors[0], _gradient_rule(ctx.rule)), None, None
 
 

@@ -190,9 +190,7 @@ def keep_mask_of_threshold(
     return mask[first & 7 : (first & 7) + count].view(shape)
 
 
-def dropout(
-    x: Tensor, mask: Tensor, scale: float, shift: float = 0.0, fill: float = 0.0
-) -> Tensor:
+def dropout(x: Tensor, mask: Tensor, scale: float, shift: float = 0.0, fill: float = 0.0) -> Tensor:
     """z = scale · x + shift where the mask keeps, fill elsewhere, even where x is inf or NaN."""
     z = x * scale
     if shift:
