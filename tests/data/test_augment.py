@@ -119,6 +119,7 @@ def test_one_kind_draws_the_same_with_and_without_another():
         ("erase, crop", ("crop", "erase")),
         (["flip"], ("flip",)),
         ("", ()),
+        ("none", ()),
     ],
 )
 def test_augment_option(given, expected):

@@ -18,9 +18,14 @@ NAMES = ("shift", "crop", "flip", "cutout", "erase")
 def augmentation_names(
     augment: bool | str | Sequence[str] | None, suits: Sequence[str]
 ) -> tuple[str, ...]:
-    """What the option ``augment`` asks for: None is what suits, True is crop and flip."""
+    """What the option ``augment`` asks for: None is what suits, True is crop and flip.
+
+    A text has commas between the names; "none" is the same as False.
+    """
     if augment is None:
         return tuple(suits)
+    if augment == "none":
+        return ()
     if isinstance(augment, bool):
         return ("crop", "flip") if augment else ()
     if isinstance(augment, str):

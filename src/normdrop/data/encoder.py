@@ -115,9 +115,8 @@ class Rows:
             near = difflib.get_close_matches(lacking[0], present, 1)
             hint = f"; is it {near[0]!r} there?" if near else ""
             raise UserError(
-                f"table {str(path)!r} lacks "
-                f"{'column' if len(lacking) == 1 else 'columns'} that the network was trained on: "
-                f"{', '.join(lacking[:5])}{', …' if len(lacking) > 5 else ''}{hint}"
+                f"table {str(path)!r} must have the columns that the network was trained on, but "
+                f"lacks {', '.join(lacking[:5])}{', …' if len(lacking) > 5 else ''}{hint}"
             )
 
     def _check_values(self, frame: Any, path: Path) -> None:
