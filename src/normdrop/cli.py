@@ -7,15 +7,14 @@ functions, so that help needs no torch.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from normdrop.errors import UserError
+from normdrop.flags import parse, unknown
 from normdrop.training.options import (
     DataOptions,
     NetworkOptions,
@@ -23,6 +22,7 @@ from normdrop.training.options import (
     RecipeOptions,
     RunOptions,
 )
+from normdrop.training.recipes import in_words
 
 __all__ = ["COMMANDS", "describe", "evaluate", "main", "predict", "report", "train", "version"]
 
@@ -37,7 +37,8 @@ def train(
 ) -> None:
     """Train a network on data, test it once, and leave everything in runs/NAME/.
 
-    Without arguments: a small residual network on scikit-learn's digits, in less than a minute.
+    Without options: a small residual network on scikit-learn's digits, in less than a minute.
+    Ctrl-C stops a run; --resume goes on with it, to the very weights of a run never stopped.
 
     Args:
         data: the data.
@@ -140,17 +141,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["--version"]:
         arguments = ["version"]
+    warnings.showwarning = _show_warning
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(_overview())
             return 0
         name = arguments[0]
         if name not in COMMANDS:
-            raise UserError(_unknown("command", name, COMMANDS))
-        COMMANDS[name](**_parse(name, arguments[1:]))
+            raise UserError(unknown("command", name, COMMANDS))
+        notes = in_words() if name == "train" else ""
+        COMMANDS[name](**parse(COMMANDS[name], arguments[1:], prog=f"normdrop {name}", notes=notes))
     except UserError as error:
         print(f"normdrop: {error}", file=sys.stderr)
         return 2
+    except SystemExit as done:  # The help of a command was shown.
+        return int(done.code or 0)
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -158,6 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{stop or 'Stopped.'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning is one sentence, without the line of code that gave it."""
+    print(f"normdrop: warning: {message}", file=sys.stderr)
 
 
 def _overview() -> str:
@@ -173,107 +183,6 @@ def _overview() -> str:
         for name, command in COMMANDS.items()
     ]
     return "\n".join([*lines, "", "Start with: normdrop train"])
-
-
-def _unknown(what: str, name: str, known: typing.Iterable[str]) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, list(known), 1)
-    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
-    return f"Unknown {what} {name!r}; {hint}"
-
-
-def _parse(name: str, arguments: list[str]) -> dict[str, Any]:
-    """The command's arguments by name, its dataclasses made."""
-    from jsonargparse import ArgumentParser
-
-    command = COMMANDS[name]
-    parser = ArgumentParser(
-        prog=f"normdrop {name}",
-        description=(inspect.getdoc(command) or "").partition("\n\nArgs:")[0],
-        exit_on_error=False,
-    )
-    if name == "train":
-        parser.add_argument(
-            "--config", action="config", help="a file of options, such as a run's options.yaml"
-        )
-    groups = _add_arguments(parser, command)
-    values: dict[str, Any] = vars(_checked(parser, name, arguments))
-    values.pop("config", None)
-    made = {
-        key: group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
-        for key, group in groups.items()
-    }
-    return made | values
-
-
-def _add_arguments(parser: Any, command: Callable[..., None]) -> dict[str, type]:
-    """Add a flag for every argument; give the arguments that are dataclasses of flags."""
-    hints = typing.get_type_hints(command)
-    helps = _argument_helps(command)
-    groups: dict[str, type] = {}
-    for key, parameter in inspect.signature(command).parameters.items():
-        if dataclasses.is_dataclass(hints[key]):
-            group = groups[key] = typing.cast(type, hints[key])
-            section = parser.add_argument_group(_first_line(group))
-            field_helps, field_hints = _argument_helps(group), typing.get_type_hints(group)
-            defaults = group()
-            for field in dataclasses.fields(group):
-                _add_flag(
-                    section,
-                    field.name,
-                    field_hints[field.name],
-                    getattr(defaults, field.name),
-                    field_helps[field.name],
-                )
-        elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            optional = parameter.default is not parameter.empty
-            many = hints[key] == list[Path]
-            parser.add_argument(
-                key,
-                type=Path if many else hints[key],
-                nargs="+" if many else "?" if optional else None,
-                metavar=key.upper().removesuffix("S") if many else key.upper(),
-                help=helps[key],
-            )
-        else:
-            _add_flag(parser, key, hints[key], parameter.default, helps[key])
-    return groups
-
-
-def _add_flag(section: Any, name: str, hint: Any, default: Any, text: str) -> None:
-    from jsonargparse import ActionYesNo
-
-    flag = "--" + name.replace("_", "-")
-    if bool in (hint, *typing.get_args(hint)):
-        section.add_argument(flag, action=ActionYesNo(no_prefix="no-"), default=default, help=text)
-    else:
-        section.add_argument(flag, type=hint, default=default, help=text)
-
-
-def _checked(parser: Any, name: str, arguments: list[str]) -> Any:
-    """Parse; what cannot be parsed becomes one sentence."""
-    from jsonargparse import ArgumentError
-
-    try:
-        return parser.parse_args(arguments)
-    except ArgumentError as error:
-        sentence = " ".join(str(error).split())
-        raise UserError(f"{sentence}; normdrop {name} --help shows the options") from error
-
-
-def _first_line(thing: Any) -> str:
-    return (inspect.getdoc(thing) or "").splitlines()[0].rstrip(".")
-
-
-def _argument_helps(thing: Any) -> dict[str, str]:
-    """What the docstring's Args section says of each argument."""
-    from docstring_parser import parse
-
-    return {
-        item.arg_name: " ".join((item.description or "").split())
-        for item in parse(inspect.getdoc(thing) or "").params
-    }
 
 
 if __name__ == "__main__":

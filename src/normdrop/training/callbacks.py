@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from normdrop.errors import UserError
 from normdrop.files import write_atomically, write_text
 from normdrop.training.runs import cannot_write
 from normdrop.training.task import Task
@@ -89,6 +91,7 @@ class Record(pl.callbacks.Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch down."""
         assert isinstance(pl_module, Task)
+        self._check_finite(pl_module.row)
         self.rows.append(dict(pl_module.row))
         best = self.rows[self.best_epoch - 1] if self.best_epoch else None
         better = best is None or _rank(self.rows[-1]) > _rank(best)
@@ -107,6 +110,15 @@ class Record(pl.callbacks.Checkpoint):
                 self.write_metrics()
         except OSError as error:
             raise cannot_write(error, self.folder) from error
+
+    def _check_finite(self, row: dict[str, float]) -> None:
+        if math.isfinite(row["train_loss"]):
+            return
+        whole = f"; the epochs before are kept in {self.folder}" if self.rows else ""
+        raise UserError(
+            f"The loss is {row['train_loss']} in epoch {row['epoch']}{whole}; "
+            "train again with a lower --learning-rate"
+        )
 
     def write_metrics(self) -> None:
         """Write metrics.csv."""

@@ -7,6 +7,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from normdrop.training.callbacks import AtomicCheckpoints, Display, Record, say,
 from normdrop.training.evaluate import finish
 from normdrop.training.measure import count_parameters
 from normdrop.training.options import Options, seconds
-from normdrop.training.recipes import resolve
+from normdrop.training.recipes import resolve, resolve_data
 from normdrop.training.runs import (
     cannot_write,
     check_same_data,
@@ -68,10 +69,14 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
         if options.run.threads:
             torch.set_num_threads(options.run.threads)
         if resume is None:
-            unread = load_data(options)
-            options = resolve(options, name=unread.name, kind=unread.kind)
+            chosen = resolve_data(options.data, name=load_data(options).name)
+            options = replace(options, data=chosen)
         datamodule = load_data(options)
         datamodule.setup()
+        if resume is None:
+            shape = datamodule.input_shape
+            options = resolve(options, name=datamodule.name, input_shape=shape)
+            datamodule.batch_size = cast(int, options.recipe.batch_size)
         torch.manual_seed(step_seed(options.run.seed, -1))
         network = _build(options, datamodule)
         if resume is None:

@@ -24,10 +24,10 @@ class DataOptions:
     Args:
         data: digits, fashion-mnist, a folder of images by class, or a .csv or .parquet table.
         target: the column of a table to predict; by default target, label, class, or the last.
-        ignore: columns of a table to leave out.
+        ignore: columns of a table to leave out, as in id,date.
         missing: rows of a table with missing values are an error, or are dropped.
         folder: where Fashion-MNIST's four files lie.
-        image_size: side to which the images of a folder are scaled.
+        image_size: size to which the images of a folder are scaled, as in 64 or 48x64.
         validation: share of the training data held out to choose the best epoch.
         test: share held out for the test, where the data brings no test split of its own.
         augment: how to vary the training images: none, or some of shift, crop, flip, cutout,
@@ -37,10 +37,10 @@ class DataOptions:
 
     data: str = "digits"
     target: str | None = None
-    ignore: list[str] = field(default_factory=list)
+    ignore: str | None = None
     missing: Literal["error", "drop"] = "error"
     folder: str | None = None
-    image_size: int | None = None
+    image_size: str | None = None
     validation: float = 0.1
     test: float = 0.2
     augment: str | None = None

@@ -7,12 +7,13 @@ the network family's, the common one.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from normdrop.training.options import Options
+from normdrop.training.options import DataOptions, Options
 
-__all__ = ["COMMON", "DATA", "FAMILY", "resolve"]
+__all__ = ["COMMON", "DATA", "FAMILY", "in_words", "resolve", "resolve_data"]
 
 COMMON: dict[str, Any] = {
     "epochs": 30,
@@ -30,47 +31,62 @@ COMMON: dict[str, Any] = {
 }
 
 FAMILY: dict[str, dict[str, Any]] = {
-    "resnet": {"learning_rate": 0.2},
     "wide_resnet": {"keep_hidden": 0.7},
     "vgg": {"learning_rate": 0.05, "keep_hidden": 0.5},
-    "mlp": {"learning_rate": 0.05, "weight_decay": 1e-4, "keep_hidden": 0.5},
+    "mlp": {
+        "learning_rate": 0.05,
+        "weight_decay": 1e-4,
+        "keep_hidden": 0.5,
+        "channels_last": False,
+    },
 }
 
-# The recipe for a data set's own default network.
+# The recipe for the default network of a data set, or of a kind of data.
 DATA: dict[str, dict[str, Any]] = {
     "digits": {
         "model": "resnet8",
         "augment": "shift",
         "epochs": 30,
         "batch_size": 64,
+        "learning_rate": 0.2,
         "keep_hidden": 0.9,
     },
-    "fashion-mnist": {"model": "resnet20", "epochs": 12},
-    "image": {"model": "resnet20"},
-    "table": {"model": "mlp"},
+    "fashion-mnist": {"model": "resnet8", "width": 32, "stem_stride": 2, "epochs": 15},
+    "images up to 64 pixels": {"model": "resnet8", "width": 32, "stem_stride": 2},
+    "larger images": {"model": "resnet18", "width": 32, "batch_size": 64},
+    "tables": {"model": "mlp", "epochs": 60, "batch_size": 64, "keep_hidden": 0.8},
 }
 
 
-def resolve(options: Options, *, name: str, kind: str) -> Options:
+def resolve_data(chosen: DataOptions, *, name: str) -> DataOptions:
+    """Fill in the options of the data that nobody gave, before they are read."""
+    return replace(chosen, augment=chosen.augment or DATA.get(name, {}).get("augment"))
+
+
+def resolve(options: Options, *, name: str, input_shape: Sequence[int]) -> Options:
     """Fill in every option that nobody gave.
 
     Args:
         options: what the user chose.
         name: the data set's name, ``"digits"`` for example.
-        kind: ``"image"`` or ``"table"``.
+        input_shape: (C, H, W) of its images, or (features,) of a table.
 
     Example:
         >>> from normdrop.training.options import Options
-        >>> resolve(Options(), name="digits", kind="image").recipe.momentum
-        0.9
+        >>> resolve(Options(), name="digits", input_shape=(1, 8, 8)).recipe.batch_size
+        64
     """
+    if len(input_shape) == 3:
+        kind = "images up to 64 pixels" if min(input_shape[1:]) <= 64 else "larger images"
+    else:
+        kind = "tables"
     own = DATA.get(name, DATA[kind])
     model = options.network.model or own["model"]
     family = "_".join(re.findall(r"[a-z]+", model.removesuffix("_bn")))
     recipe = COMMON | FAMILY.get(family, {}) | (own if model == own["model"] else {})
     recipe["model"] = model
-    filled: list[Any] = []
-    for group in (options.data, options.network, options.recipe, options.run):
+    filled: list[Any] = [options.data]
+    for group in (options.network, options.recipe, options.run):
         missing = {
             item.name: recipe[item.name]
             for item in fields(group)
@@ -78,3 +94,22 @@ def resolve(options: Options, *, name: str, kind: str) -> Options:
         }
         filled.append(replace(group, **missing))
     return Options(*filled)
+
+
+def in_words() -> str:
+    """The recipes, for the help of ``normdrop train``."""
+
+    def listed(values: dict[str, Any]) -> str:
+        return ", ".join(
+            f"{key.replace('_', '-')} {_plain(value)}" for key, value in values.items()
+        )
+
+    width = max(map(len, [*DATA, *FAMILY]))
+    lines = ["Defaults, chosen for two cores without a GPU:"]
+    lines += [f"  {name:{width}}  {listed(values)}" for name, values in DATA.items()]
+    lines += [f"  {name:{width}}  {listed(values)}" for name, values in FAMILY.items()]
+    return "\n".join([*lines, f"  {'otherwise':{width}}  {listed(COMMON)}"])
+
+
+def _plain(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else f"{value}"

@@ -35,6 +35,7 @@ def load_data(options: Options) -> data.DataModule:
     """The data of a run, not yet read."""
     chosen = asdict(options.data)
     source, augment = chosen.pop("data"), chosen.pop("augment")
+    chosen["ignore"] = chosen["ignore"] or ()
     return data.load(
         source,
         batch_size=options.recipe.batch_size or 128,

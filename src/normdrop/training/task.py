@@ -175,8 +175,9 @@ class Task(pl.LightningModule):
             young = (1 + self.global_step) / (10 + self.global_step)
             decay = min(cast(float, self.recipe.average), young)
             with torch.no_grad():
-                for name, value in self._moving():
-                    self.averaged[name].lerp_(value, 1 - decay)
+                moving = dict(self._moving())
+                averaged = [self.averaged[name] for name in moving]
+                torch._foreach_lerp_(averaged, list(moving.values()), 1 - decay)
 
     def on_validation_epoch_start(self) -> None:
         """Evaluate the averaged weights, if there are any."""
