@@ -16,9 +16,14 @@ def test_write_atomically_replaces_the_file_and_leaves_nothing_beside_it(tmp_pat
 def test_write_atomically_keeps_the_old_file_when_the_writer_fails(tmp_path):
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(OSError, match="disk full"), write_atomically(path) as temporary:
-        temporary.write_text("half of the n")
-        raise OSError("disk full")
+
+    def fill_the_disk():
+        with write_atomically(path) as temporary:
+            temporary.write_text("half of the n")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fill_the_disk()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
