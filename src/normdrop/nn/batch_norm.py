@@ -56,13 +56,13 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BatchNorm:
         before = {name: self._buffers[name] for name in _STATISTICS}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._widen_statistics(before)
         return self
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """y = activation(BN(input) + residual); the residual has the input's shape."""
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         track = self.training and self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
         if track and self.num_batches_tracked is not None:
@@ -86,7 +86,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         )
 
     def extra_repr(self) -> str:
-        text = str(super().extra_repr())
+        text = str(super().extra_repr())  # type: ignore[no-untyped-call]
         if self.activation is not None:
             text += f", activation={self.activation!r}"
         if self.nonfinite != "propagate":
@@ -96,7 +96,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Modules pickled by torch's class and read as ours have neither.
         state = {"activation": None, "nonfinite": "propagate", **state}
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):

@@ -49,7 +49,7 @@ class _Dropout(torch.nn.modules.dropout._DropoutNd):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Modules pickled by torch's class and read as ours have no scaling.
-        super().__setstate__({"scaling": "train", **state})
+        super().__setstate__({"scaling": "train", **state})  # type: ignore[no-untyped-call]
 
 
 class Dropout(_Dropout, torch.nn.Dropout):
