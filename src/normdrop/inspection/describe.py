@@ -1,163 +1,23 @@
 """Describe a model: layers, shapes, Θ and what batch normalization adds, multiply-adds, memory."""
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from normdrop.errors import UserError
+from normdrop.inspection.description import Description, Layer
 
-__all__ = ["Description", "Layer", "describe"]
+__all__ = ["describe", "parse_input"]
 
 _BatchNorm = torch.nn.modules.batchnorm._BatchNorm
-
-
-@dataclass
-class Layer:
-    """One layer of a model, as it ran.
-
-    Attributes:
-        name: its name in the model, as in the state_dict; empty for the model itself.
-        type: its class, with the activation that it applies.
-        output_shape: shape of what it gives, in torch's order and without the batch; None where it
-            did not run or gives no tensor.
-        theta: number of its parameters Θ, besides γ and α.
-        norm_nodes: K, the nodes that batch normalization adds: one a channel or feature.
-        gamma_alpha: number of its γ and α, two a node.
-        multiply_adds: of its convolutions and matrix products, for one sample.
-        kept_bytes: what it keeps for the backward pass, for the whole batch; a tensor that several
-            layers keep is counted at the first.
-    """
-
-    name: str
-    type: str
-    output_shape: tuple[int, ...] | None = None
-    theta: int = 0
-    norm_nodes: int = 0
-    gamma_alpha: int = 0
-    multiply_adds: int = 0
-    kept_bytes: int = 0
-
-    def has_own(self) -> bool:
-        """Say whether anything is counted at this layer itself."""
-        return any((self.theta, self.norm_nodes, self.multiply_adds, self.kept_bytes))
-
-
-@dataclass
-class Description:
-    """A model's layers in the order in which they ran, and their totals; ``print`` gives a table.
-
-    Attributes:
-        model: the model's class.
-        input_shape: shape of its input without the batch.
-        batch_size: samples in the batch for which :attr:`kept_bytes` was counted.
-        layers: the layers.
-        theta, norm_nodes, gamma_alpha, multiply_adds, kept_bytes: sums over the layers.
-    """
-
-    model: str
-    input_shape: tuple[int, ...]
-    batch_size: int
-    layers: list[Layer]
-    theta: int = field(init=False)
-    norm_nodes: int = field(init=False)
-    gamma_alpha: int = field(init=False)
-    multiply_adds: int = field(init=False)
-    kept_bytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.theta = sum(layer.theta for layer in self.layers)
-        self.norm_nodes = sum(layer.norm_nodes for layer in self.layers)
-        self.gamma_alpha = sum(layer.gamma_alpha for layer in self.layers)
-        self.multiply_adds = sum(layer.multiply_adds for layer in self.layers)
-        self.kept_bytes = sum(layer.kept_bytes for layer in self.layers)
-
-    def to_json(self) -> str:
-        """Give everything as JSON."""
-        return json.dumps(asdict(self), indent=2)
-
-    def __str__(self) -> str:
-        head = ("layer", "type", "output", "Θ", "K", "γ, α", "multiply-adds", "kept")
-        body = [
-            (
-                layer.name or "(model)",
-                layer.type,
-                _sides(layer.output_shape),
-                *map(
-                    _count,
-                    (layer.theta, layer.norm_nodes, layer.gamma_alpha, layer.multiply_adds),
-                ),
-                _bytes(layer.kept_bytes),
-            )
-            for layer in self.layers
-        ]
-        counts = (self.theta, self.norm_nodes, self.gamma_alpha, self.multiply_adds)
-        total = ("total", "", "", *map(_count, counts), _bytes(self.kept_bytes))
-        widths = [max(map(len, column)) for column in zip(head, *body, total, strict=True)]
-
-        def line(cells: Sequence[str]) -> str:
-            texts = [
-                cell.ljust(width) if place < 2 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            ]
-            return "  ".join(texts).rstrip()
-
-        rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-        share = self.gamma_alpha / max(self.theta + self.gamma_alpha, 1)
-        return "\n".join(
-            [
-                f"{self.model}, input {_sides(self.input_shape)}",
-                line(head),
-                rule,
-                *map(line, body),
-                rule,
-                line(total),
-                "",
-                f"Batch normalization adds {self.norm_nodes:,} nodes (K) with "
-                f"{self.gamma_alpha:,} parameters (γ, α), {share:.2%} of "
-                f"{self.theta + self.gamma_alpha:,}.",
-                f"Multiply-adds are for one sample; kept for backward is for a batch of "
-                f"{self.batch_size}, in training.",
-            ]
-        )
-
-
-def _sides(shape: tuple[int, ...] | None) -> str:
-    """Write a shape, that of a map as the lecture does: height × width × channels."""
-    if shape is None:
-        return ""
-    if len(shape) == 3:
-        shape = (*shape[1:], shape[0])
-    return "×".join(map(str, shape))
-
-
-def _count(number: int) -> str:
-    return f"{number:,}" if number else ""
-
-
-def _bytes(number: int) -> str:
-    """Write a number of bytes in decimal units.
-
-    Example:
-        >>> _bytes(12_845_056), _bytes(512), _bytes(0)
-        ('12.8 MB', '512 B', '')
-    """
-    if number < 1000:
-        return f"{number} B" if number else ""
-    value, unit = float(number), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.95:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.1f} {unit}"
 
 
 def describe(
@@ -178,7 +38,7 @@ def describe(
     and the memory is that of the tensors that autograd saves for backward. Parameters and buffers
     are left out of it, and a storage counts once. Afterwards the model is as before: training
     flags, running statistics, gradients and the random number generators. A model on the meta
-    device gives the same figures without computing.
+    device is described as if it were on the CPU, without computing.
 
     Args:
         model: any module.
@@ -204,15 +64,17 @@ def describe(
     Reference:
         S. Ioffe, C. Szegedy: Batch Normalization. ICML 2015.
     """
+    # What torch.compile gives is a wrapper without rows of its own.
+    model = getattr(model, "_orig_mod", model)
     if any(map(torch.nn.parameter.is_lazy, model.parameters())):
         raise UserError(
             "describe: the model has lazy layers without parameters; call it on one batch first"
         )
     run = _Run(model)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model) as tensors:
         arguments, keywords, shape = _inputs(model, input_size, batch_size)
-        with _left_as_it_was(model) as buffers, run.watched(buffers):
-            torch.func.functional_call(model, buffers, arguments, keywords)
+        with run.watched(tensors):
+            torch.func.functional_call(model, tensors, arguments, keywords)
     first = (*arguments, *keywords.values())[0]
     samples = first.shape[0] if first.dim() else 1
     for layer in run.layers:
@@ -224,20 +86,21 @@ class _Run:
     """What happens while a model runs: which module is at work, what it computes and keeps."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
         self.layers: list[Layer] = []
         self._at_work: list[Layer] = []
         self._names: dict[torch.nn.Module, str] = {m: n for n, m in model.named_modules()}
+        self._sizes = _own_sizes(self._names)
         self._is_leaf: dict[int, bool] = {}
-        self._counted: set[int] = set()
         # Parameters and buffers are there with and without a backward pass.
         self._storages: dict[int, Any] = {}
+        for parameter in model.parameters():
+            self._is_new(parameter)
 
     @contextmanager
-    def watched(self, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    def watched(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Watch all modules, products and saved tensors until the end of the block."""
         handles = []
-        for tensor in (*self.model.parameters(), *buffers.values()):
+        for tensor in tensors.values():
             self._is_new(tensor)
         try:
             for module in self._names:
@@ -254,8 +117,9 @@ class _Run:
 
     def rows(self) -> list[Layer]:
         """Give the layers that ran, and those that did not but have parameters."""
-        for module in self._names:
-            self._add_parameters(module, None)
+        for module, size in list(self._sizes.items()):
+            if size:
+                self._count(module, self._add(module))
         return [
             layer
             for layer in self.layers
@@ -272,7 +136,7 @@ class _Run:
 
     def _enter(self, module: torch.nn.Module, arguments: Any) -> None:
         layer = self._add(module)
-        self._add_parameters(module, layer)
+        self._count(module, layer)
         self._at_work.append(layer)
 
     def _leave(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
@@ -286,20 +150,15 @@ class _Run:
         self._is_leaf[id(layer)] = next(module.children(), None) is None
         return layer
 
-    def _add_parameters(self, module: torch.nn.Module, layer: Layer | None) -> None:
-        own = [p for p in module._parameters.values() if p is not None]
-        for parameter in own:
-            if id(parameter) in self._counted:
-                continue
-            self._counted.add(id(parameter))
-            layer = layer or self._add(module)
-            if isinstance(module, _BatchNorm):
-                layer.gamma_alpha += parameter.numel()
-            else:
-                layer.theta += parameter.numel()
-        if isinstance(module, _BatchNorm) and id(module) not in self._counted and layer:
-            self._counted.add(id(module))
-            layer.norm_nodes = module.num_features
+    def _count(self, module: torch.nn.Module, layer: Layer) -> None:
+        """Count a module's parameters and nodes, once."""
+        size = self._sizes.pop(module, None)
+        if size is None:
+            return
+        if isinstance(module, _BatchNorm):
+            layer.gamma_alpha, layer.norm_nodes = size, module.num_features
+        else:
+            layer.theta = size
 
     def _keep(self, tensor: Tensor) -> Tensor:
         if self._is_new(tensor):
@@ -313,6 +172,17 @@ class _Run:
             return False
         self._storages[storage._cdata] = storage
         return True
+
+
+def _own_sizes(modules: Iterable[torch.nn.Module]) -> dict[torch.nn.Module, int]:
+    """Give the number of parameters of each module itself; a shared one is its first module's."""
+    seen: set[int] = set()
+    sizes = {}
+    for module in modules:
+        own = {id(p): p.numel() for p in module._parameters.values() if p is not None}
+        sizes[module] = sum(size for key, size in own.items() if key not in seen)
+        seen.update(own)
+    return sizes
 
 
 class _Products(TorchDispatchMode):
@@ -336,17 +206,37 @@ class _Products(TorchDispatchMode):
 
 @contextmanager
 def _left_as_it_was(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Put the model in training mode for the block, and give copies of its buffers to run with."""
+    """Put the model in training mode for the block, and give copies of its buffers to run with.
+
+    On the meta device give stand-ins for its parameters too, which say that they are on the CPU, so
+    that the operators do as there, and have no values.
+    """
     flags = [(module, module.training) for module in model.modules()]
     tensors = (*model.parameters(), *model.buffers())
     accelerators = sorted({t.device for t in tensors if t.is_cuda}, key=str)
+    is_meta = any(t.is_meta for t in tensors)
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if is_meta else nullcontext()
     try:
-        with torch.random.fork_rng(devices=accelerators):
+        with torch.random.fork_rng(devices=accelerators), fake:
             model.train()
-            yield {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+            if is_meta:
+                named = (*model.named_parameters(), *model.named_buffers())
+                yield {name: _stand_in(tensor) for name, tensor in named}
+            else:
+                yield {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     finally:
         for module, training in flags:
             module.training = training
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(
+        tensor.size(),
+        tensor.stride(),
+        dtype=tensor.dtype,
+        device="cpu",
+        requires_grad=tensor.requires_grad,
+    )
 
 
 def _type(module: torch.nn.Module) -> str:
@@ -422,4 +312,5 @@ def _inputs(
     # A generator of its own: the user's is not touched.
     generator = torch.Generator().manual_seed(0)
     x = torch.rand((batch_size, *shape), generator=generator, device="cpu")
-    return (x.to(like.device, like.dtype),), {}, shape
+    device = "cpu" if like.is_meta else like.device
+    return (x.to(device, like.dtype),), {}, shape
