@@ -11,9 +11,16 @@ import yaml
 from safetensors.numpy import save_file
 
 COLUMNS = (
-    "epoch,step,learning_rate,train_loss,train_accuracy,val_loss,val_accuracy,seconds,"
-    "images_per_second"
-).split(",")
+    "epoch",
+    "step",
+    "learning_rate",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "seconds",
+    "images_per_second",
+)
 
 
 def wilson(right: int, count: int) -> list[float]:
@@ -97,13 +104,13 @@ def fabricate(
     for depth, layer in enumerate(norm_layers):
         name = layer["name"]
         gamma = random.normal(1 - 0.02 * depth, 0.15, channels)
-        gamma[:dead if depth == 2 else 0] = 1e-5
+        gamma[: dead if depth == 2 else 0] = 1e-5
         state[f"{name}.weight"] = gamma.astype(np.float32)
         state[f"{name}.bias"] = random.normal(-0.1, 0.2, channels).astype(np.float32)
         state[f"{name}.running_mean"] = random.normal(0, 0.5, channels).astype(np.float32)
-        state[f"{name}.running_var"] = np.exp(
-            random.normal(-0.1 * depth, 0.5, channels)
-        ).astype(np.float32)
+        state[f"{name}.running_var"] = np.exp(random.normal(-0.1 * depth, 0.5, channels)).astype(
+            np.float32
+        )
         state[f"{name}.num_batches_tracked"] = np.array(epochs * 11, dtype=np.int64)
     save_file(state, folder / "weights.safetensors")
     if not finished:
@@ -131,9 +138,7 @@ def fabricate(
     right = predicted == labels
     bin_confidence = [float(confidence[bins == b].mean()) if count[b] else None for b in range(15)]
     bin_accuracy = [float(right[bins == b].mean()) if count[b] else None for b in range(15)]
-    gaps = [
-        count[b] * abs(bin_confidence[b] - bin_accuracy[b]) for b in range(15) if count[b] > 0
-    ]
+    gaps = [count[b] * abs(bin_confidence[b] - bin_accuracy[b]) for b in range(15) if count[b] > 0]
     result = {
         "split": "test",
         "count": samples,
@@ -198,3 +203,9 @@ def fabricate(
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes a run folder below the test's own folder."""
     return lambda name="run", **options: fabricate(tmp_path / name, **options)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished run with warning signs, for tests that do not change it."""
+    return fabricate(tmp_path_factory.mktemp("finished") / "run", dead=3)

@@ -7,12 +7,9 @@ is left behind.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import os
 import warnings
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,30 +17,35 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from normdrop.files import write_atomically
+from normdrop.study.layer_sentences import dead_channels
 from normdrop.study.run_folder import RunFolder
-from normdrop.study.sentences import dead_channels, probability
+from normdrop.study.wording import probability
 
-__all__ = ["figures", "histogram", "picture_uri", "save_all", "save_png", "to_svg"]
+__all__ = ["BLUE", "GRID", "INK", "MUTED", "ORANGE", "figures", "save_all", "save_png", "style"]
 
 Array = NDArray[Any]
 
 # Okabe and Ito's blue and vermillion, which stay apart for every common kind of colour blindness.
 INK, MUTED, GRID, BLUE, ORANGE = "#1d2125", "#5b636c", "#dde1e6", "#0067a6", "#c44e00"
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", BLUE: "blue", ORANGE: "orange"}
 
 #: Up to this many classes the cells of a confusion matrix are large enough for their numbers.
 WRITTEN_CLASSES = 20
 
 #: A bin of the reliability diagram with fewer samples than this is drawn pale.
 FEW = 10
+
+#: Inches that a PNG is higher than the figure on the page, for its title.
+_TITLE = 0.3
 
 _PARTS = {
     "gamma": ("γ, the scale", 1.0),
@@ -81,7 +83,8 @@ _STYLE = {
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """Matplotlib's settings for every figure of a report, for a while."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         # Class names may be in any script; the page shows them all, the PNG those that it can.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -91,7 +94,7 @@ def _style() -> Iterator[None]:
 def figures(run: RunFolder) -> dict[str, tuple[str, Figure]]:
     """Draw every figure that the run has data for: name → (title, figure)."""
     drawn: dict[str, tuple[str, Figure]] = {}
-    with _style():
+    with style():
         if run.epochs:
             for name, (title, draw) in _CURVES.items():
                 drawn[name] = (title, _panel(run, draw))
@@ -105,91 +108,40 @@ def figures(run: RunFolder) -> dict[str, tuple[str, Figure]]:
         for part, (title, start) in _PARTS.items():
             if any(getattr(layer, part) is not None for layer in run.norm_layers):
                 drawn[part] = (title, _ranges(run, part, start))
+        for _, figure in drawn.values():
+            # The layout takes half of the time, so it is worked out once for SVG and PNG.
+            engine = figure.get_layout_engine()
+            if isinstance(engine, ConstrainedLayoutEngine):
+                engine.set(w_pad=0.07, h_pad=0.05)
+                engine.execute(figure)
+                figure.set_layout_engine("none")
+            figure.set_facecolor("none")
     return drawn
 
 
 def save_png(figure: Figure, title: str, path: str | os.PathLike[str]) -> None:
     """Save a figure with its title on white paper, whole or not at all."""
     width, height = figure.get_size_inches()
-    with _style():
-        figure.set_size_inches(width, height + 0.3)
-        heading = figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
+    places = [axes.get_position() for axes in figure.axes]
+    with style():
+        figure.set_size_inches(width, height + _TITLE)
+        for axes in figure.axes:
+            place = axes.get_position().bounds * np.array([1, height, 1, height])
+            axes.set_position(place / [1, height + _TITLE, 1, height + _TITLE])
+        heading = figure.text(
+            0.02, 1 - 0.08 / (height + _TITLE), title, va="top", fontsize=11, fontweight="bold"
+        )
+        figure.set_facecolor("white")
+        figure.set_dpi(150)
         try:
             with write_atomically(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=160, facecolor="white")
+                FigureCanvasAgg(figure).print_png(temporary)
         finally:
             heading.remove()
+            figure.set_facecolor("none")
             figure.set_size_inches(width, height)
-
-
-def to_svg(figure: Figure, name: str, alt: str) -> str:
-    """Give a figure as an SVG element for a page: no fonts, no addresses, colours as variables.
-
-    Args:
-        figure: one that :func:`figures` drew.
-        name: a prefix for the identifiers inside, so that several figures fit on one page.
-        alt: what a reader who cannot see the figure is told.
-    """
-    with _style():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    root = ElementTree.fromstring(buffer.getvalue())
-    used = {
-        value[1:] if key.endswith("href") else value[5:-1]
-        for element in root.iter()
-        for key, value in element.attrib.items()
-        if value.startswith(("#", "url(#"))
-    }
-    _simplify(root, name, used)
-    width, height = figure.get_size_inches() * 72
-    root.attrib = {
-        "viewBox": f"0 0 {width:g} {height:g}",
-        "role": "img",
-        "aria-label": alt,
-    }
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _simplify(element: ElementTree.Element, name: str, used: set[str]) -> None:
-    """Drop what the page does not need, and make the identifiers used unique to this figure."""
-    element.tag = element.tag.rpartition("}")[2]
-    for child in list(element):
-        if child.tag.rpartition("}")[2] in {"metadata", "style"}:
-            element.remove(child)
-        else:
-            _simplify(child, name, used)
-    element.text = (element.text or "").strip() or None
-    element.tail = None
-    attributes: dict[str, str] = {}
-    for key, value in element.attrib.items():
-        key = key.rpartition("}")[2]
-        if key == "id":
-            if value not in used:
-                continue
-            value = f"{name}-{value}"
-        elif key == "href" and value.startswith("#"):
-            value = f"#{name}-{value[1:]}"
-        elif key == "clip-path":
-            value = value.replace("url(#", f"url(#{name}-")
-        elif key == "style":
-            value = _page_style(value)
-        elif key == "d":
-            value = " ".join(value.split())
-        elif key == "transform" and value.startswith("rotate(-0 "):
-            continue
-        if key == "href":
-            value = "".join(value.split())
-        attributes[key] = value
-    element.attrib = attributes
-
-
-def _page_style(style: str) -> str:
-    kept = [part.strip() for part in style.split(";") if part.strip()]
-    kept = [part for part in kept if not part.startswith(("font-family", "stroke-linejoin"))]
-    text = ";".join(kept)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var(--{variable})")
-    return text
+            for axes, before in zip(figure.axes, places, strict=True):
+                axes.set_position(before)
 
 
 def _panel(run: RunFolder, draw: Callable[[Axes, RunFolder], None]) -> Figure:
@@ -247,7 +199,6 @@ def _draw_loss(axes: Axes, run: RunFolder) -> None:
     _line(axes, run, "train_loss", BLUE, "training", "--")
     _line(axes, run, "val_loss", ORANGE, "validation", "-")
     _mark_best(axes, run)
-    axes.set_ylabel("loss")
     both = np.concatenate([run.metrics["train_loss"], run.metrics["val_loss"]])
     both = both[np.isfinite(both)]
     if len(both) and both.min() > 0 and both.max() / both.min() > 30:
@@ -261,7 +212,6 @@ def _draw_accuracy(axes: Axes, run: RunFolder) -> None:
     _line(axes, run, "train_accuracy", BLUE, "training", "--")
     _line(axes, run, "val_accuracy", ORANGE, "validation", "-")
     _mark_best(axes, run)
-    axes.set_ylabel("accuracy")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
     both = np.concatenate([run.metrics["train_accuracy"], run.metrics["val_accuracy"]])
     both = both[np.isfinite(both)]
@@ -273,13 +223,11 @@ def _draw_accuracy(axes: Axes, run: RunFolder) -> None:
 
 def _draw_learning_rate(axes: Axes, run: RunFolder) -> None:
     _line(axes, run, "learning_rate", BLUE, "learning rate", "-")
-    axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
 
 
 def _draw_speed(axes: Axes, run: RunFolder) -> None:
     _line(axes, run, "images_per_second", BLUE, "speed", "-")
-    axes.set_ylabel("samples per second")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
@@ -288,7 +236,7 @@ _CURVES: dict[str, tuple[str, Callable[[Axes, RunFolder], None]]] = {
     "loss": ("Loss", _draw_loss),
     "accuracy": ("Accuracy", _draw_accuracy),
     "learning_rate": ("Learning rate", _draw_learning_rate),
-    "speed": ("Speed", _draw_speed),
+    "speed": ("Speed, samples per second", _draw_speed),
 }
 
 
@@ -314,8 +262,8 @@ def _confusion(run: RunFolder) -> Figure:
         for truth, guess in np.argwhere(counts > 0):
             axes.text(guess, truth, f"{counts[truth, guess]:.0f}", ha="center", va="center", size=8)
     if classes <= 30:
-        longest = max(map(len, names))
-        axes.set_xticks(range(classes), [_short(n) for n in names], rotation=90 if longest > 3 else 0)
+        turned = 90 if max(map(len, names)) > 3 else 0
+        axes.set_xticks(range(classes), [_short(n) for n in names], rotation=turned)
         axes.set_yticks(range(classes), [_short(n) for n in names])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -364,10 +312,9 @@ def _reliability(run: RunFolder) -> Figure:
         pale = Patch(color=BLUE, alpha=0.22, linewidth=0, label=f"under {FEW} samples")
         handles.insert(1, pale)
     top.set_ylim(0, 1.02)
-    top.set_ylabel("accuracy")
     _legend(top, handles)
     bottom.bar(left, count, width, align="edge", color=MUTED, alpha=0.6, linewidth=0)
-    bottom.set_ylabel("samples")
+    bottom.set_title("samples in the bin", loc="left", fontsize=9, color=MUTED)
     bottom.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
     bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     bottom.set_xlabel("probability of the predicted class")
@@ -420,15 +367,17 @@ def _mistakes(run: RunFolder) -> Figure:
     shown = min(len(pictures), 15)
     columns = min(5, shown)
     rows = -(-shown // columns)
-    figure = Figure(figsize=(max(1.5 * columns, 3.2), 1.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for place, axes in enumerate(grid.flat):
+    width, height = max(1.5 * columns, 3.2), 1.9 * rows
+    figure = Figure(figsize=(width, height))
+    for place in range(shown):
+        row, column = divmod(place, columns)
+        left, low = 1.5 * column + 0.1, height - 1.9 * row - 1.85
+        axes = figure.add_axes((left / width, low / height, 1.3 / width, 1.3 / height))
         axes.axis("off")
-        if place < shown:
-            picture = pictures[place]
-            axes.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray",
-                        vmin=0, vmax=255)
-            axes.set_title(_mistake_title(run, place), fontsize=7.5)
+        picture = pictures[place]
+        picture = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        axes.set_title(_mistake_title(run, place), fontsize=7.5)
     return figure
 
 
@@ -443,46 +392,6 @@ def _mistake_title(run: RunFolder, place: int) -> str:
         f"{_short(names[int(run.labels[index])])}\n→ {_short(names[guess])}, "
         f"{probability(float(row[guess]))}"
     )
-
-
-def histogram(values: Array | None) -> str:
-    """The outline of a histogram as the path of a 96 by 24 SVG; empty below two finite values."""
-    if values is None:
-        return ""
-    finite = values[np.isfinite(values)].astype(np.float64)
-    if len(finite) < 2:
-        return ""
-    low, high = float(finite.min()), float(finite.max())
-    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-30):
-        low, high = low - 0.5, high + 0.5
-    bins = int(np.clip(2 * np.sqrt(len(finite)), 4, 24))
-    counts, _ = np.histogram(finite, bins=bins, range=(low, high))
-    heights = 24 - 22 * counts / counts.max()
-    step = 96 / bins
-    path = "M0 24"
-    for place, height in enumerate(heights):
-        path += f"V{height:.3g}H{(place + 1) * step:.3g}"
-    return path + "V24Z"
-
-
-def picture_uri(picture: Array, most: int = 192) -> str:
-    """An (H, W, C) uint8 picture as a data URI: PNG where small, else made smaller and JPEG."""
-    from PIL import Image
-
-    array = np.ascontiguousarray(picture)
-    if array.ndim == 3 and array.shape[-1] in (1, 2):
-        array = array[..., 0]
-    image = Image.fromarray(array)
-    small = max(image.size) <= 64
-    if max(image.size) > most:
-        image.thumbnail((most, most))
-    buffer = io.BytesIO()
-    if small or image.mode == "RGBA":
-        image.save(buffer, format="PNG", optimize=True)
-    else:
-        image.save(buffer, format="JPEG", quality=85)
-    kind = "png" if small or image.mode == "RGBA" else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def save_all(run: RunFolder, folder: Path) -> dict[str, tuple[str, Figure]]:

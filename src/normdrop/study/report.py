@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import numpy as np
 
 from normdrop.errors import UserError
 from normdrop.files import write_text
-from normdrop.study import plots, sentences
+from normdrop.study import layer_sentences, page_pictures, plots, sentences
 from normdrop.study.run_folder import NormLayer, RunFolder, read_run_folder
-from normdrop.study.sentences import Sentence, duration, number, percent, probability
+from normdrop.study.wording import Sentence, duration, number, percent, probability
 
 __all__ = ["write_report"]
 
@@ -92,7 +93,7 @@ def _context(run: RunFolder, drawn: dict[str, Any]) -> dict[str, Any]:
         title, picture = drawn[name]
         sentence = describe()
         alt = f"{title}. {sentence.seen}"
-        return [_Figure(name, title, plots.to_svg(picture, name, alt), sentence)]
+        return [_Figure(name, title, page_pictures.to_svg(picture, name, alt), sentence)]
 
     curves = [
         *figure("loss", lambda: sentences.describe_loss(run)),
@@ -103,13 +104,15 @@ def _context(run: RunFolder, drawn: dict[str, Any]) -> dict[str, Any]:
     norm = [
         shown
         for part in ("gamma", "alpha", "mean", "variance")
-        for shown in figure(part, lambda part=part: sentences.describe_norm(run.norm_layers, part))
+        for shown in figure(
+            part, functools.partial(layer_sentences.describe_norm, run.norm_layers, part)
+        )
     ]
     reliability = figure("reliability", lambda: sentences.describe_reliability(run))
     confusion = _confusion(run, drawn)
     per_class = _per_class(run)
     mistakes = _mistakes(run)
-    dropout = sentences.describe_dropout(run)
+    dropout = layer_sentences.describe_dropout(run)
     named: list[tuple[str, str, Sentence]] = [
         *((f"figure-{f.name}", f.title, f.sentence) for f in curves),
         *([("figure-confusion", "Confusion matrix", confusion["sentence"])] if confusion else []),
@@ -270,9 +273,10 @@ def _confusion(run: RunFolder, drawn: dict[str, Any]) -> dict[str, Any] | None:
         for t, g in zip(*np.unravel_index(order, wrong.shape), strict=True)
         if wrong[t, g] > 0
     ]
-    svg = "" if written else plots.to_svg(
-        drawn["confusion"][1], "confusion", f"Confusion matrix. {sentence.seen}"
-    )
+    svg = ""
+    if not written:
+        alt = f"Confusion matrix. {sentence.seen}"
+        svg = page_pictures.to_svg(drawn["confusion"][1], "confusion", alt)
     rows = [
         (
             names[t],
@@ -297,7 +301,7 @@ def _bins(run: RunFolder) -> list[tuple[str, str, str, str]]:
     """The filled bins of the reliability diagram: range, samples, confidence, accuracy."""
     table = (run.result or {}).get("reliability") or {}
     return [
-        (f"{low:.2f} to {high:.2f}", f"{int(count):,}", percent(confidence), percent(accuracy))
+        (f"{low:.2f} – {high:.2f}", f"{int(count):,}", percent(confidence), percent(accuracy))
         for low, high, count, confidence, accuracy in zip(
             table.get("edges", ())[:-1],
             table.get("edges", ())[1:],
@@ -324,12 +328,12 @@ def _per_class(run: RunFolder) -> dict[str, Any] | None:
 def _mistakes(run: RunFolder) -> dict[str, Any]:
     sentence = sentences.describe_mistakes(run)
     shown: list[dict[str, Any]] = []
+    pictures = () if run.mistake_pictures is None else run.mistake_pictures
     if run.probabilities is not None and run.labels is not None:
         for place, index in enumerate(run.mistakes[:_SHOWN_MISTAKES]):
             row = run.probabilities[index]
             truth, guess = int(run.labels[index]), int(row.argmax())
-            pictures = run.mistake_pictures
-            has_picture = pictures is not None and place < len(pictures)
+            picture = pictures[place] if place < len(pictures) else None
             shown.append(
                 {
                     "name": run.mistake_names[place] if place < len(run.mistake_names) else "",
@@ -337,8 +341,8 @@ def _mistakes(run: RunFolder) -> dict[str, Any]:
                     "guess": run.classes[guess],
                     "guess_probability": float(row[guess]),
                     "truth_probability": float(row[truth]),
-                    "picture": plots.picture_uri(pictures[place]) if has_picture else "",
-                    "size": pictures[place].shape[:2] if has_picture else (0, 0),
+                    "picture": "" if picture is None else page_pictures.picture_uri(picture),
+                    "size": (0, 0) if picture is None else picture.shape[:2],
                 }
             )
     return {
@@ -357,13 +361,13 @@ def _norm_rows(layers: tuple[NormLayer, ...]) -> list[dict[str, Any]]:
             finite = values[np.isfinite(values)] if values is not None else np.zeros(0)
             parts.append(
                 {
-                    "path": plots.histogram(values),
+                    "path": page_pictures.histogram(values),
                     "low": number(finite.min()) if len(finite) else "–",
                     "median": number(np.median(finite)) if len(finite) else "–",
                     "high": number(finite.max()) if len(finite) else "–",
                 }
             )
-        dead = sentences.dead_channels(layer).tolist()
+        dead = layer_sentences.dead_channels(layer).tolist()
         channels = ", ".join(map(str, dead[:6])) + (", …" if len(dead) > 6 else "")
         rows.append(
             {

@@ -193,8 +193,10 @@ def _read_metrics(path: Path, missing: list[str]) -> dict[str, Array]:
     if path.is_file():
         try:
             with path.open(encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file):
-                    rows.append([float(row.get(name) or "nan") for name in _COLUMNS])
+                rows = [
+                    [float(row.get(name) or "nan") for name in _COLUMNS]
+                    for row in csv.DictReader(file)
+                ]
         except (OSError, ValueError, csv.Error) as error:
             raise _damaged(path, error) from error
     else:
@@ -227,9 +229,7 @@ def _read_tensors(path: Path, names: list[str] | None, missing: list[str]) -> di
     return arrays
 
 
-def _read_norm_layers(
-    path: Path, run: dict[str, Any], missing: list[str]
-) -> tuple[NormLayer, ...]:
+def _read_norm_layers(path: Path, run: dict[str, Any], missing: list[str]) -> tuple[NormLayer, ...]:
     layers = run.get("norm_layers") or []
     parts = ("weight", "bias", "running_mean", "running_var")
     names = [f"{layer['name']}.{part}" for layer in layers for part in parts]
@@ -252,11 +252,11 @@ def _find_dropout_layers(run: dict[str, Any]) -> tuple[DropoutLayer, ...] | None
     """
     import torch
 
+    from normdrop import networks
+
     network = run.get("network", {})
     classes = network.get("classes", 0)
     try:
-        from normdrop import networks
-
         with torch.device("meta"):
             model = networks.build(
                 network["name"],
@@ -264,7 +264,7 @@ def _find_dropout_layers(run: dict[str, Any]) -> tuple[DropoutLayer, ...] | None
                 input_shape=tuple(network["input_shape"]),
                 **(network.get("options") or {}),
             )
-    except (ImportError, AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+    except (KeyError, TypeError, ValueError, RuntimeError):
         return None
     return tuple(
         DropoutLayer(name, type(module).__name__, 1.0 - float(module.p))
