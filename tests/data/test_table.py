@@ -286,6 +286,13 @@ def test_damaged_tables_are_named(tmp_path, name, content, text):
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_beyond_float32_are_an_error(write):
+    frame = flowers()
+    frame.loc[0, "length"] = 1e200
+    with pytest.raises(UserError, match=r"column 'length' of .* has numbers beyond 1e[+]30"):
+        load(write(frame)).setup()
+
+
 def test_augmentation_of_a_table_is_an_error(write):
     with pytest.raises(UserError, match="augment is for images, but flowers is a table"):
         load(write(flowers()), augment=True).setup()

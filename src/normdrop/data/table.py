@@ -21,6 +21,7 @@ TARGET_NAMES = ("target", "label", "class")
 # More distinct texts than this in one column are names or free text, not categories.
 MOST_CATEGORIES = 1000
 MOST_CLASSES = 1000
+LARGEST = 1e30
 
 
 class Table(DataModule):
@@ -124,6 +125,13 @@ class Table(DataModule):
         return kept
 
     def _fit(self, training: np.ndarray) -> None:
+        numbers = self._features.select_dtypes("number")
+        large = numbers.columns[(numbers.abs() > LARGEST).any()]
+        if len(large):
+            raise UserError(
+                f"column {large[0]!r} of {self.path} has numbers beyond {LARGEST:g}, which float32 "
+                f"cannot calculate with; scale them down"
+            )
         self._columns = [
             _describe(self._features[name].iloc[training], str(name), self.standardize, self.path)
             for name in self._features.columns
@@ -177,7 +185,7 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> pd.DataFrame:
                 skipinitialspace=True,
                 index_col=False,
             )
-    except (OSError, ValueError) as error:  # Parser, encoding and Arrow errors are ValueErrors.
+    except Exception as error:  # A damaged Parquet file raises KeyError and TypeError too.
         reason = str(error).strip().splitlines()
         raise UserError(
             f"table {str(path)!r} cannot be read ({reason[0] if reason else error!r})"
