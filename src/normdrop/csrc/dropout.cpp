@@ -94,8 +94,6 @@ void run(const Tensor& x, const Tensor& y, const Tensor& seed, int64_t threshold
   STD_TORCH_CHECK(sample_offset >= 0, "dropout: sample_offset must not be negative, got ",
                   sample_offset);
   const int64_t ndim = x.dim();
-  STD_TORCH_CHECK(ndim <= kMaxDropoutDims, "dropout: x must have at most ", kMaxDropoutDims,
-                  " dimensions, got ", ndim);
   std::vector<int64_t> mask_sizes(x.sizes().begin(), x.sizes().end());
   for (const int64_t d : shared_dims) {
     STD_TORCH_CHECK(d >= 0 && d < ndim, "dropout: shared_dims must lie in [0, ", ndim, "), got ",
@@ -168,20 +166,24 @@ Tensor dropout(const Tensor& x, const Tensor& seed, int64_t threshold, double sc
   return y;
 }
 
-void dropout_in_place(Tensor& x, const Tensor& seed, int64_t threshold, double scale, double shift,
-                      double fill, int64_t sample_offset, const std::vector<int64_t>& shared_dims) {
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    STD_TORCH_CHECK(x.sizes()[d] < 2 || x.strides()[d] != 0,
-                    "dropout: cannot work in place on an expanded tensor; clone() it first");
+void dropout_into(const Tensor& x, const Tensor& seed, int64_t threshold, double scale,
+                  double shift, double fill, int64_t sample_offset,
+                  const std::vector<int64_t>& shared_dims, Tensor& y) {
+  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type() && y.dim() == x.dim() &&
+                      std::equal(x.sizes().begin(), x.sizes().end(), y.sizes().begin()),
+                  "dropout: y must have x's shape and type");
+  for (int64_t d = 0; d < y.dim(); ++d) {
+    STD_TORCH_CHECK(y.sizes()[d] < 2 || y.strides()[d] != 0,
+                    "dropout: cannot write into an expanded tensor; clone() it first");
   }
-  run(x, x, seed, threshold, scale, shift, fill, sample_offset, shared_dims);
+  run(x, y, seed, threshold, scale, shift, fill, sample_offset, shared_dims);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(normdrop, CPU, m) {
   m.impl("dropout", TORCH_BOX(&dropout));
-  m.impl("dropout_", TORCH_BOX(&dropout_in_place));
+  m.impl("dropout_into", TORCH_BOX(&dropout_into));
 }
 
 }  // namespace normdrop

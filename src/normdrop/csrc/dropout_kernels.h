@@ -25,8 +25,6 @@ struct DropoutDim {
   int64_t size, x, y, mask;
 };
 
-constexpr int kMaxDropoutDims = 16;
-
 struct DropoutKernels {
   // Words first_word ... first_word + count - 1 of the mask.
   void (*fill_words)(const KeepRule&, uint64_t first_word, int64_t count, uint64_t* words);

@@ -37,9 +37,10 @@ STABLE_TORCH_LIBRARY(normdrop, m) {
   m.def(
       "dropout(Tensor x, Tensor seed, int threshold, float scale, float shift, float fill, "
       "SymInt sample_offset, int[] shared_dims) -> Tensor");
+  // The same into y, which has x's shape and type and may be x itself.
   m.def(
-      "dropout_(Tensor(a!) x, Tensor seed, int threshold, float scale, float shift, float fill, "
-      "SymInt sample_offset, int[] shared_dims) -> ()");
+      "dropout_into(Tensor x, Tensor seed, int threshold, float scale, float shift, float fill, "
+      "SymInt sample_offset, int[] shared_dims, Tensor(a!) y) -> ()");
 }
 
 // What `import normdrop._C` runs: nothing. Loading the file has registered the operators.

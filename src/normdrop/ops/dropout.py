@@ -70,9 +70,7 @@ def _draw_and_drop(
     if threshold == 0 and seed is None:
         seed = 0  # nothing is left to chance, so nothing is drawn, as in torch
     rule = (threshold, *coefficients, sample_offset, _positive_dims(x, shared_dims))
-    if inplace:
-        return _drop_in_place(x, make_seed(x, seed, generator), rule)
-    return _drop(x, make_seed(x, seed, generator), rule)
+    return _drop(x, make_seed(x, seed, generator), rule, inplace)
 
 
 def _check_input(x: Tensor, sample_offset: int) -> None:
@@ -85,6 +83,8 @@ def _check_input(x: Tensor, sample_offset: int) -> None:
 
 
 def _positive_dims(x: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
+    if not dims:
+        return ()
     if not all(-x.dim() <= d < x.dim() for d in dims):
         raise ValueError(
             f"dropout: shared_dims must lie in [{-x.dim()}, {x.dim()}) for an input of "
@@ -97,7 +97,7 @@ def _has_kernel(x: Tensor) -> bool:
     """A custom operator has no rule for torch.func's transforms and forward-mode derivatives."""
     return (
         has_kernels()
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype in _KERNEL_TYPES
         and x.layout is torch.strided
         and not torch._C._are_functorch_transforms_active()
@@ -105,25 +105,23 @@ def _has_kernel(x: Tensor) -> bool:
     )
 
 
-def _drop(x: Tensor, seed: Tensor, rule: Rule) -> Tensor:
-    if _has_kernel(x):
-        z: Tensor = torch.ops.normdrop.dropout.default(x, seed, *rule)
-        return z
-    threshold, scale, shift, fill, sample_offset, shared_dims = rule
-    shape = tuple(1 if d in shared_dims else size for d, size in enumerate(x.shape))
-    mask = reference.keep_mask_of_threshold(shape, threshold, seed, sample_offset)
-    return reference.dropout(x, mask, scale, shift, fill)
-
-
-def _drop_in_place(x: Tensor, seed: Tensor, rule: Rule) -> Tensor:
-    if not _has_kernel(x) or torch.compiler.is_compiling():
-        return x.copy_(_drop(x, seed, rule))
-    if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _InPlace.apply(x, seed, rule)  # type: ignore[no-untyped-call]
-        return result
-    torch.ops.normdrop.dropout_.default(x, seed, *rule)
-    torch.autograd.graph.increment_version(x)
-    return x
+def _drop(x: Tensor, seed: Tensor, rule: Rule, inplace: bool = False) -> Tensor:
+    if not _has_kernel(x):
+        threshold, scale, shift, fill, sample_offset, shared_dims = rule
+        shape = tuple(1 if d in shared_dims else size for d, size in enumerate(x.shape))
+        mask = reference.keep_mask_of_threshold(shape, threshold, seed, sample_offset)
+        z = reference.dropout(x, mask, scale, shift, fill)
+        return x.copy_(z) if inplace else z
+    if torch.compiler.is_compiling():
+        z = torch.ops.normdrop.dropout.default(x, seed, *rule)
+        return x.copy_(z) if inplace else z
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Dropout.apply(x, seed, rule, inplace)  # type: ignore[no-any-return,no-untyped-call]
+    z = x if inplace else torch.empty_like(x)
+    torch.ops.normdrop.dropout_into.default(x, seed, *rule, z)
+    if inplace:
+        torch.autograd.graph.increment_version(x)
+    return z
 
 
 def _gradient_rule(rule: Rule) -> Rule:
@@ -132,20 +130,22 @@ def _gradient_rule(rule: Rule) -> Rule:
     return threshold, scale, 0.0, 0.0, sample_offset, shared_dims
 
 
-class _InPlace(torch.autograd.Function):
-    """What torch.library has no registration for: the derivative of an operator in place."""
+class _Dropout(torch.autograd.Function):
+    """The derivative in eager mode, in place or not; one registered with torch.library costs 5×."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: Tensor, rule: Rule) -> Tensor:
-        ctx.mark_dirty(x)
+    def forward(ctx: Any, x: Tensor, seed: Tensor, rule: Rule, inplace: bool) -> Tensor:
         ctx.save_for_backward(seed)
         ctx.rule = rule
-        torch.ops.normdrop.dropout_.default(x, seed, *rule)
-        return x
+        if inplace:
+            ctx.mark_dirty(x)
+        z = x if inplace else torch.empty_like(x)
+        torch.ops.normdrop.dropout_into.default(x, seed, *rule, z)
+        return z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _drop(grad, ctx.saved_tensors[0], _gradient_rule(ctx.rule)), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _drop(grad, ctx.saved_tensors[0], _gradient_rule(ctx.rule)), None, None, None
 
 
 def _fake(
@@ -161,7 +161,7 @@ def _fake(
     return torch.empty_like(x)
 
 
-def _fake_in_place(*args: Any) -> None:
+def _fake_into(*args: Any) -> None:
     return None
 
 
@@ -178,5 +178,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 if has_kernels():
     torch.library.register_fake("normdrop::dropout", _fake)
-    torch.library.register_fake("normdrop::dropout_", _fake_in_place)
+    torch.library.register_fake("normdrop::dropout_into", _fake_into)
     torch.library.register_autograd("normdrop::dropout", _backward, setup_context=_setup_context)

@@ -60,7 +60,7 @@ def make_seed(
     """The seed for x as an int64 scalar tensor on x's device; drawn if none is given."""
     if seed is None:
         drawn = draw_seed(x, generator)
-        return drawn if drawn.device == x.device else drawn.to(x.device)
+        return drawn if x.is_cpu and drawn.is_cpu else drawn.to(x.device)
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.is_floating_point() or seed.is_complex():
             raise ValueError(
