@@ -79,7 +79,7 @@ def fabricate(
             "name": network,
             "options": network_options,
             "input_shape": shape,
-            "classes": k,
+            "classes": names,
         },
         "data": {"name": data, "kind": kind, "classes": names, "shape": shape},
         "norm_layers": norm_layers,

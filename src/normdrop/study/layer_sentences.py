@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normdrop.study.run_folder import NormLayer, RunFolder
-from normdrop.study.wording import Sentence, counted, listed, number
+from normdrop.study.wording import Sentence, counted, listed, number, percent
 
 __all__ = ["dead_channels", "describe_dropout", "describe_norm"]
 
@@ -174,6 +174,11 @@ def describe_dropout(run: RunFolder) -> Sentence:
         "in evaluation nothing is dropped."
     )
     train, val = run.metrics["train_accuracy"], run.metrics["val_accuracy"]
+    if len(train) and np.isfinite(train[-1]) and np.isfinite(val[-1]):
+        seen += (
+            f" The last epoch ended with {percent(train[-1])} training accuracy, dropout on, and "
+            f"{percent(val[-1])} validation accuracy, dropout off."
+        )
     if len(train) >= 3 and val[-1] - train[-1] > 0.1:
         return Sentence(
             seen,

@@ -92,16 +92,8 @@ class RunFolder:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, from whichever file knows them."""
-        named = self.run.get("data", {}).get("classes")
-        if isinstance(named, (list, tuple)):
-            return tuple(str(name) for name in named)
-        if self.result is not None:
-            return tuple(str(row["class"]) for row in self.result.get("per_class", ()))
-        count = self.run.get("network", {}).get("classes", 0)
-        if isinstance(count, (list, tuple)):
-            return tuple(str(name) for name in count)
-        return tuple(str(k) for k in range(int(count or 0)))
+        """The names of the classes, in the order of the network's outputs."""
+        return tuple(str(name) for name in self.run["network"]["classes"])
 
     @property
     def epochs(self) -> int:
@@ -136,6 +128,12 @@ def read_run_folder(path: str | os.PathLike[str]) -> RunFolder:
     result = _read_json(folder / "result.json", missing)
     evaluation = _read_tensors(folder / "evaluation.safetensors", None, missing) or {}
     names = _read_json(folder / "evaluation.json", missing) or {}
+    _check_run(folder / "run.json", run)
+    if result is not None:
+        _check_result(folder / "result.json", result, len(run["network"]["classes"]))
+    if evaluation:
+        path = folder / "evaluation.safetensors"
+        _check_evaluation(path, evaluation, len(run["network"]["classes"]))
     return RunFolder(
         path=folder,
         options=options,
@@ -158,6 +156,46 @@ def _damaged(path: Path, why: object) -> UserError:
         f"Expected {path} to be a whole file of a run, but it cannot be read ({why}): "
         "restore it, or run the training again."
     )
+
+
+def _check_run(path: Path, run: dict[str, Any]) -> None:
+    network, layers = run.get("network"), run.get("norm_layers") or []
+    if not isinstance(network, dict) or not {"name", "input_shape", "classes"} <= network.keys():
+        raise _damaged(path, "it does not name the network, its input shape and its classes")
+    if not isinstance(network["classes"], list) or not isinstance(run.get("data"), dict):
+        raise _damaged(path, "it does not list the classes, or does not describe the data")
+    if any(
+        not isinstance(layer, dict) or not {"name", "features"} <= layer.keys() for layer in layers
+    ):
+        raise _damaged(path, "its batch norm layers have no names or features")
+
+
+def _check_result(path: Path, result: dict[str, Any], classes: int) -> None:
+    wanted = {
+        "split", "count", "accuracy", "accuracy_interval", "loss", "calibration_error",
+        "per_class", "confusion", "epochs", "best_epoch", "train_seconds",
+    }  # fmt: skip
+    if absent := sorted(wanted - result.keys()):
+        raise _damaged(path, f"it lacks {', '.join(absent)}")
+    if np.shape(result["confusion"]) != (classes, classes) or len(result["per_class"]) != classes:
+        raise _damaged(path, f"its tables are not those of the {classes} classes in run.json")
+
+
+def _check_evaluation(path: Path, evaluation: dict[str, Array], classes: int) -> None:
+    """Probabilities, labels and mistakes must belong to each other and to the classes."""
+    if not {"probabilities", "labels", "mistakes"} <= evaluation.keys():
+        raise _damaged(path, "it lacks probabilities, labels or mistakes")
+    probabilities, labels, mistakes = (
+        evaluation[name] for name in ("probabilities", "labels", "mistakes")
+    )
+    whole = probabilities.shape == (len(labels), classes)
+    whole = whole and all((labels >= 0) & (labels < classes))
+    whole = whole and all((mistakes >= 0) & (mistakes < len(labels)))
+    pictures = evaluation.get("mistake_pictures")
+    if not whole or (
+        pictures is not None and (pictures.ndim != 4 or len(pictures) != len(mistakes))
+    ):
+        raise _damaged(path, f"its tensors do not fit together, or not the {classes} classes")
 
 
 def _read_json(path: Path, missing: list[str]) -> dict[str, Any] | None:
@@ -255,19 +293,18 @@ def _find_dropout_layers(run: dict[str, Any]) -> tuple[DropoutLayer, ...] | None
     from normdrop import networks
 
     network = run.get("network", {})
-    classes = network.get("classes", 0)
     try:
         with torch.device("meta"):
             model = networks.build(
                 network["name"],
-                classes=len(classes) if isinstance(classes, (list, tuple)) else int(classes),
+                classes=len(network["classes"]),
                 input_shape=tuple(network["input_shape"]),
                 **(network.get("options") or {}),
             )
     except (KeyError, TypeError, ValueError, RuntimeError):
         return None
     return tuple(
-        DropoutLayer(name, type(module).__name__, 1.0 - float(module.p))
+        DropoutLayer(name, type(module).__name__, round(1.0 - float(module.p), 9))
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.modules.dropout._DropoutNd)
     )

@@ -134,9 +134,13 @@ def describe_accuracy(run: RunFolder) -> Sentence:
             "Without validation accuracies a gap between the two cannot be seen here.",
         )
     best = int(np.nanargmax(val))
+    kept = run.result is not None and np.isin(run.result["best_epoch"], epoch)
+    if run.result is not None and kept:
+        best = int(np.flatnonzero(epoch == run.result["best_epoch"])[0])
     seen = f"In the last epoch {percent(val[-1])} of the validation samples are classified right"
     if len(epoch) > 1:
-        seen += f" (best: {percent(val[best])}, epoch {epoch[best]})"
+        seen += f" (best: {percent(val[best])} in epoch {epoch[best]}"
+        seen += ", whose weights were kept)" if kept else ")"
     seen += f", and {percent(train[-1])} of the training samples."
     keeps = [layer.keep for layer in run.dropout_layers or ()]
     if any(keep < 1 for keep in keeps) and train[-1] < val[-1]:
