@@ -1,3 +1,5 @@
+from decimal import Decimal
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -251,6 +253,9 @@ def test_columns_of_dates_or_lists_are_errors(write):
     dates = flowers().assign(length=pd.date_range("2020-01-01", periods=60))
     with pytest.raises(UserError, match=r"column 'length' of .* holds dates"):
         load(write(dates, "d.parquet")).setup()
+    times = flowers().assign(length=pd.to_timedelta(np.arange(60), unit="s"))
+    with pytest.raises(UserError, match=r"column 'length' of .* holds dates or durations"):
+        load(write(times, "t.parquet")).setup()
     lists = flowers().assign(length=[[1, 2]] * 60)
     with pytest.raises(UserError, match=r"column 'length' of .* holds list|ndarray values"):
         load(write(lists, "l.parquet")).setup()
@@ -284,6 +289,14 @@ def test_damaged_tables_are_named(tmp_path, name, content, text):
         load(path).setup()
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_decimal_numbers_are_numbers(write):
+    frame = flowers()
+    frame["length"] = [Decimal(f"{v:.3f}") for v in frame["length"]]
+    data = load(write(frame, "d.parquet"))
+    data.setup()
+    assert data.input_shape == (6,)
 
 
 def test_numbers_beyond_float32_are_an_error(write):

@@ -125,7 +125,7 @@ class Table(DataModule):
         return kept
 
     def _fit(self, training: np.ndarray) -> None:
-        numbers = self._features.select_dtypes("number")
+        numbers = self._features.select_dtypes("number", exclude="timedelta")
         large = numbers.columns[(numbers.abs() > LARGEST).any()]
         if len(large):
             raise UserError(
@@ -191,6 +191,12 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> pd.DataFrame:
             f"table {str(path)!r} cannot be read ({reason[0] if reason else error!r})"
         ) from error
     frame.columns = [str(column) for column in frame.columns]
+    for name, kind in frame.dtypes.items():
+        if (
+            pd.api.types.is_object_dtype(kind)
+            and pd.api.types.infer_dtype(frame[name]) == "decimal"
+        ):
+            frame[name] = frame[name].astype(float)
     if not len(frame) or not len(frame.columns):
         raise UserError(f"table {str(path)!r} has no rows")
     if all(_is_number(column) for column in frame.columns):
@@ -250,7 +256,8 @@ def _describe(values: pd.Series, name: str, standardize: bool, path: Path) -> di
         }
     if types.is_datetime64_any_dtype(values) or types.is_timedelta64_dtype(values):
         raise UserError(
-            f"column {name!r} of {path} holds dates; turn it into numbers, or name it in ignore"
+            f"column {name!r} of {path} holds dates or durations; turn it into numbers, or name it "
+            f"in ignore"
         )
     if values.map(lambda value: isinstance(value, (list, dict, tuple, bytes, np.ndarray))).any():
         raise UserError(
