@@ -17,6 +17,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -248,6 +249,11 @@ struct ColumnPlan {
     chunks = (rows + chunk - 1) / chunk;
   }
 
+  // Rows of a chunk; the one after the last is the remainder.
+  double rows_of(int64_t i) const {
+    return i == chunks ? 1.0 : static_cast<double>(std::min((i + 1) * chunk, rows) - i * chunk);
+  }
+
   BatchNormArgs main(BatchNormArgs args) const {
     args.outer = rows;
     args.channels *= fold;
@@ -271,6 +277,20 @@ struct ColumnPlan {
     args.channels *= rest;
     return args;
   }
+};
+
+// Two sums for every column of every chunk and of the remainder. Element i belongs to channel
+// i modulo channels.
+struct ColumnParts {
+  int64_t width, size;
+  std::unique_ptr<double[]> values;
+
+  ColumnParts(const ColumnPlan& plan, const Layout& x)
+      : width(plan.fold * x.channels),
+        size(plan.chunks * width + plan.rest * x.channels),
+        values(new double[static_cast<size_t>(2 * size)]) {}
+  double* first(int64_t chunk) const { return values.get() + chunk * width; }
+  double* second(int64_t chunk) const { return values.get() + size + chunk * width; }
 };
 
 // ---- Forward -----------------------------------------------------------------------------------
@@ -350,27 +370,23 @@ void forward_columns(const BatchNormArgs& args, const Layout& x, DataType type, 
   const BatchNormArgs main = plan.main(args), rest = plan.remainder(args, size);
   const int64_t elements = x.outer * x.channels;
   if (training) {
-    std::vector<Moments> parts(static_cast<size_t>(plan.chunks * main.channels));
-    std::vector<Moments> rest_parts(static_cast<size_t>(rest.channels));
-    const size_t stride = static_cast<size_t>(x.channels);
+    const ColumnParts parts(plan, x);
     if (plan.rest > 0) {
-      kernels.column_statistics[type](rest, 0, 1, rest_parts.data());
+      kernels.column_statistics[type](rest, 0, 1, parts.first(plan.chunks),
+                                      parts.second(plan.chunks));
     }
     parallel_ranges(plan.chunks, elements, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         kernels.column_statistics[type](main, i * plan.chunk,
-                                        std::min((i + 1) * plan.chunk, plan.rows),
-                                        parts.data() + i * main.channels);
+                                        std::min((i + 1) * plan.chunk, plan.rows), parts.first(i),
+                                        parts.second(i));
       }
     });
-    parallel_ranges(x.channels, plan.chunks * main.channels, [&](int64_t c0, int64_t c1) {
+    parallel_ranges(x.channels, parts.size, [&](int64_t c0, int64_t c1) {
       for (int64_t c = c0; c < c1; ++c) {
         Merged merged;
-        for (size_t i = static_cast<size_t>(c); i < parts.size(); i += stride) {
-          merged.add(parts[i]);
-        }
-        for (int64_t r = 0; r < plan.rest; ++r) {
-          merged.add(rest_parts[static_cast<size_t>(r * x.channels + c)]);
+        for (int64_t i = c; i < parts.size; i += x.channels) {
+          merged.add({plan.rows_of(i / parts.width), parts.first(0)[i], parts.second(0)[i]});
         }
         settle(args, type, c, merged, channels);
         channels.set_forward(c, constants);
@@ -514,35 +530,29 @@ void backward_columns(const BatchNormArgs& args, const Layout& x, DataType type,
   const ColumnPlan plan(x);
   const BatchNormArgs main = plan.main(args), rest = plan.remainder(args, size);
   const int64_t elements = x.outer * x.channels;
-  std::vector<GradientSums> parts, rest_parts;
-  const size_t stride = static_cast<size_t>(x.channels);
+  const ColumnParts parts(plan, x);
   if (want_sums) {
-    parts.resize(static_cast<size_t>(plan.chunks * main.channels));
-    rest_parts.resize(static_cast<size_t>(rest.channels));
     if (plan.rest > 0) {
-      kernels.column_gradient_sums[type](rest, 0, 1, rest_parts.data());
+      kernels.column_gradient_sums[type](rest, 0, 1, parts.first(plan.chunks),
+                                         parts.second(plan.chunks));
     }
     parallel_ranges(plan.chunks, elements, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         kernels.column_gradient_sums[type](main, i * plan.chunk,
                                            std::min((i + 1) * plan.chunk, plan.rows),
-                                           parts.data() + i * main.channels);
+                                           parts.first(i), parts.second(i));
       }
     });
   }
-  parallel_ranges(x.channels, static_cast<int64_t>(parts.size()), [&](int64_t c0, int64_t c1) {
+  parallel_ranges(x.channels, want_sums ? parts.size : 0, [&](int64_t c0, int64_t c1) {
     for (int64_t c = c0; c < c1; ++c) {
       GradientSums total{0.0, 0.0};
-      for (size_t i = static_cast<size_t>(c); i < parts.size(); i += stride) {
-        total.g += parts[i].g;
-        total.gx += parts[i].gx;
+      for (int64_t i = c; want_sums && i < parts.size; i += x.channels) {
+        total.g += parts.first(0)[i];
+        total.gx += parts.second(0)[i];
       }
-      for (size_t i = static_cast<size_t>(c); i < rest_parts.size(); i += stride) {
-        total.g += rest_parts[i].g;
-        total.gx += rest_parts[i].gx;
-      }
-      sums[c] =
-          channels.set_backward(c, total, static_cast<double>(x.outer), args.training, constants);
+      sums[c] = channels.set_backward(c, total, static_cast<double>(x.outer), args.training,
+                                      constants);
     }
   });
   if (!want_x) {

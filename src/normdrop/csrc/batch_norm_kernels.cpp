@@ -32,6 +32,16 @@ using ScalarOf = typename Lanes<T>::Scalar;
 
 constexpr int64_t kUnroll = 4;
 
+// A row often begins on another page, where the processor's own prefetching does not reach.
+template <class T>
+NORMDROP_INLINE void prefetch_row(const T* p, int64_t n) {
+  const char* bytes = (const char*)p;
+  const int64_t end = n * (int64_t)sizeof(T) < 1024 ? n * (int64_t)sizeof(T) : 1024;
+  for (int64_t i = 0; i < end; i += 64) {
+    __builtin_prefetch(bytes + i);
+  }
+}
+
 NORMDROP_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- Elementwise: one span of elements that lie side by side -----------------------------------
@@ -43,6 +53,11 @@ struct Broadcast {
   NORMDROP_METHOD VectorOf<T> at(int64_t) const { return value; }
   NORMDROP_METHOD VectorOf<T> first(int64_t, int64_t) const { return value; }
 };
+
+template <class A, class B>
+constexpr bool kIsSame = false;
+template <class A>
+constexpr bool kIsSame<A, A> = true;
 
 template <class T>
 NORMDROP_INLINE Broadcast<T> broadcast(const void* constants, int64_t c) {
@@ -60,8 +75,8 @@ struct Columns {
 };
 
 template <class T>
-NORMDROP_INLINE Columns<T> columns(const void* constants) {
-  return {static_cast<const ScalarOf<T>*>(constants)};
+NORMDROP_INLINE Columns<T> columns(const void* constants, int64_t c) {
+  return {static_cast<const ScalarOf<T>*>(constants) + c};
 }
 
 template <class T, bool kStream>
@@ -92,6 +107,7 @@ struct Bend {
   VectorOf<T> slope;
   MaskOf<T> has_slope;
 
+  NORMDROP_METHOD Bend() = default;
   explicit NORMDROP_METHOD Bend(double value)
       : slope(splat<VectorOf<T>>((ScalarOf<T>)value)),
         has_slope(value != 0.0 ? ~MaskOf<T>{} : MaskOf<T>{}) {}
@@ -154,6 +170,7 @@ struct Normalize {
     constexpr int64_t W = Lanes<T>::width;
     for (; i + kUnroll * W <= n; i += kUnroll * W) {
       uint64_t bits = 0;
+      NORMDROP_UNROLL
       for (int64_t u = 0; u < kUnroll; ++u) {
         bits |= (uint64_t)whole<kStream>(i + u * W) << (u * W);
       }
@@ -274,6 +291,7 @@ struct GradientX {
     constexpr int64_t W = Lanes<T>::width;
     for (; i + kUnroll * W <= n; i += kUnroll * W) {
       const uint64_t bits = gradient.unrolled_bits(i);
+      NORMDROP_UNROLL
       for (int64_t u = 0; u < kUnroll; ++u) {
         whole<kStream>(i + u * W, bits >> (u * W));
       }
@@ -307,6 +325,7 @@ NORMDROP_INLINE int64_t bit_bytes(int64_t inner) { return (inner + 7) / 8; }
 template <class T, bool kBent, bool kResidual>
 void normalize_rows(const BatchNormArgs& args, int64_t o0, int64_t o1, int64_t c0, int64_t c1,
                     int64_t i0, int64_t i1) {
+  const int64_t sample = args.channels * args.inner;
   for (int64_t o = o1 - 1; o >= o0; --o) {
     for (int64_t c = c0; c < c1; ++c) {
       const int64_t row = o * args.channels + c;
@@ -320,6 +339,12 @@ void normalize_rows(const BatchNormArgs& args, int64_t o0, int64_t o1, int64_t c
           broadcast<T>(args.scale, c),
           broadcast<T>(args.shift, c),
           Bend<T>(args.slope)};
+      if (o > o0) {
+        prefetch_row(work.x - sample, i1 - i0);
+        if constexpr (kResidual) {
+          prefetch_row(work.residual - sample, i1 - i0);
+        }
+      }
       work.span(i1 - i0, args.stream);
     }
   }
@@ -343,6 +368,7 @@ NORMDROP_INLINE Gradient<T, kBent, kBits, Broadcast> row_gradient(const BatchNor
 template <class T, bool kBent, bool kBits>
 void gradient_rows(const BatchNormArgs& args, int64_t o0, int64_t o1, int64_t c0, int64_t c1,
                    int64_t i0, int64_t i1) {
+  const int64_t sample = args.channels * args.inner;
   for (int64_t o = o1 - 1; o >= o0; --o) {
     for (int64_t c = c0; c < c1; ++c) {
       const int64_t at = (o * args.channels + c) * args.inner + i0;
@@ -354,6 +380,10 @@ void gradient_rows(const BatchNormArgs& args, int64_t o0, int64_t o1, int64_t c0
           broadcast<T>(args.grad_slope, c),
           broadcast<T>(args.grad_shift, c),
           args.training ? ~MaskOf<T>{} : MaskOf<T>{}};
+      if (o > o0) {
+        prefetch_row(work.gradient.x - sample, i1 - i0);
+        prefetch_row(work.gradient.grad_y - sample, i1 - i0);
+      }
       work.span(i1 - i0, args.stream);
     }
   }
@@ -383,6 +413,7 @@ NORMDROP_INLINE void sum_row(const T* x, int64_t n, VectorOf<T> shift, VectorOf<
   V d_sum[kUnroll] = {}, dd_sum[kUnroll] = {};
   int64_t i = 0;
   for (; i + kUnroll * W <= n; i += kUnroll * W) {
+    NORMDROP_UNROLL
     for (int64_t u = 0; u < kUnroll; ++u) {
       const V d = Lanes<T>::load(x + i + u * W) - shift;
       d_sum[u] += d;
@@ -464,9 +495,12 @@ void statistics_rows(const BatchNormArgs& args, int64_t c0, int64_t c1, int64_t 
       double count = 0.0;
       walk_block(args, blocks, b, tile, tile_end,
                  [&](int64_t o, int64_t c, int64_t i, int64_t n) NORMDROP_LAMBDA {
-                   const V shift = splat<V>((Scalar)sums[c - tile].shift);
-                   sum_row<T>(x + (o * args.channels + c) * args.inner + i, n, shift,
-                              d_sum[c - tile], dd_sum[c - tile]);
+                   const T* row = x + (o * args.channels + c) * args.inner + i;
+                   if (o + 1 < args.outer) {
+                     prefetch_row(row + args.channels * args.inner, n);
+                   }
+                   sum_row<T>(row, n, splat<V>((Scalar)sums[c - tile].shift), d_sum[c - tile],
+                              dd_sum[c - tile]);
                    count += c == tile ? (double)n : 0.0;
                  });
       for (int64_t c = 0; c < tile_end - tile; ++c) {
@@ -490,6 +524,7 @@ NORMDROP_INLINE void sum_gradient(const Source& source, int64_t n, VectorOf<T>& 
   V d;
   for (; i + kUnroll * W <= n; i += kUnroll * W) {
     const uint64_t bits = source.unrolled_bits(i);
+    NORMDROP_UNROLL
     for (int64_t u = 0; u < kUnroll; ++u) {
       const V g = source.whole(i + u * W, bits >> (u * W), d);
       g_sum[u] += g;
@@ -529,8 +564,12 @@ void gradient_sums_rows(const BatchNormArgs& args, int64_t c0, int64_t c1, int64
       }
       walk_block(args, blocks, b, tile, tile_end,
                  [&](int64_t o, int64_t c, int64_t i, int64_t n) NORMDROP_LAMBDA {
-                   sum_gradient<T>(row_gradient<T, kBent, kBits>(args, o, c, i), n, g_sum[c - tile],
-                                   gx_sum[c - tile]);
+                   const auto source = row_gradient<T, kBent, kBits>(args, o, c, i);
+                   if (o + 1 < args.outer) {
+                     prefetch_row(source.x + args.channels * args.inner, n);
+                     prefetch_row(source.grad_y + args.channels * args.inner, n);
+                   }
+                   sum_gradient<T>(source, n, g_sum[c - tile], gx_sum[c - tile]);
                  });
       for (int64_t c = tile; c < tile_end; ++c) {
         result[c - c0].g += sum_of(g_sum[c - tile]);
@@ -540,57 +579,7 @@ void gradient_sums_rows(const BatchNormArgs& args, int64_t c0, int64_t c1, int64
   }
 }
 
-// ---- Columns: inner = 1 ------------------------------------------------------------------------
-
-template <class T, bool kBent, bool kResidual>
-void normalize_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
-  for (int64_t m = m1 - 1; m >= m0; --m) {
-    const int64_t at = m * args.channels;
-    const Normalize<T, kBent, kResidual, Columns> work = {
-        static_cast<const T*>(args.x) + at,
-        kResidual ? static_cast<const T*>(args.residual) + at : nullptr,
-        static_cast<T*>(args.out) + at,
-        args.positive != nullptr ? args.positive + at / 8 : nullptr,
-        columns<T>(args.center),
-        columns<T>(args.scale),
-        columns<T>(args.shift),
-        Bend<T>(args.slope)};
-    work.span(args.channels, args.stream);
-  }
-  stream_fence();
-}
-
-template <class T, bool kBent, bool kBits>
-NORMDROP_INLINE Gradient<T, kBent, kBits, Columns> column_gradient(const BatchNormArgs& args,
-                                                               int64_t m) {
-  const int64_t at = m * args.channels;
-  return {static_cast<const T*>(args.x) + at,
-          static_cast<const T*>(args.grad_y) + at,
-          kBits ? args.positive + at / 8 : nullptr,
-          columns<T>(args.center),
-          columns<T>(args.scale),
-          columns<T>(args.shift),
-          Bend<T>(args.slope)};
-}
-
-template <class T, bool kBent, bool kBits>
-void gradient_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
-  for (int64_t m = m1 - 1; m >= m0; --m) {
-    const int64_t at = m * args.channels;
-    const GradientX<T, kBent, kBits, Columns> work = {
-        column_gradient<T, kBent, kBits>(args, m),
-        static_cast<T*>(args.out) + at,
-        args.grad_residual != nullptr ? static_cast<T*>(args.grad_residual) + at : nullptr,
-        columns<T>(args.grad_scale),
-        columns<T>(args.grad_slope),
-        columns<T>(args.grad_shift),
-        args.training ? ~MaskOf<T>{} : MaskOf<T>{}};
-    work.span(args.channels, args.stream);
-  }
-  stream_fence();
-}
-
-// The bits of n elements from element i on, n <= 16.
+// The bits of n elements from element i on, n <= 16, within their bytes.
 template <bool kBits>
 NORMDROP_INLINE uint64_t bits_at(const uint8_t* bytes, int64_t i, int64_t n) {
   if constexpr (!kBits) {
@@ -600,8 +589,76 @@ NORMDROP_INLINE uint64_t bits_at(const uint8_t* bytes, int64_t i, int64_t n) {
   return bits >> (i % 8);
 }
 
-constexpr int64_t kStrip = 512;   // columns whose sums stay in the first-level cache
-constexpr int64_t kRowGroup = 8;  // rows summed at once, so that sums are seldom loaded
+// ---- Columns: inner = 1 ------------------------------------------------------------------------
+
+constexpr int64_t kRowGroup = 8;  // rows of a group, for which the columns' constants are held
+
+template <class T>
+NORMDROP_INLINE Broadcast<T> held(const void* constants, int64_t c) {
+  return {load_vector<VectorOf<T>>(static_cast<const ScalarOf<T>*>(constants) + c)};
+}
+
+// Constants of the columns from c on: those of one vector, or all.
+template <class T, template <class> class Constants>
+NORMDROP_INLINE Constants<T> constants_from(const void* p, int64_t c) {
+  if constexpr (kIsSame<Constants<T>, Broadcast<T>>) {
+    return held<T>(p, c);
+  } else {
+    return columns<T>(p, c);
+  }
+}
+
+// Row after row, with the constants loaded anew: they stay in the first-level cache. Going down
+// several rows with constants held in registers was 2 to 3 times slower: stores and prefetching
+// want one stream.
+template <class T, bool kBent, bool kResidual>
+void normalize_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
+  for (int64_t m = m1 - 1; m >= m0; --m) {
+    const int64_t at = m * args.channels;
+    const Normalize<T, kBent, kResidual, Columns> work = {
+        static_cast<const T*>(args.x) + at,
+        kResidual ? static_cast<const T*>(args.residual) + at : nullptr,
+        static_cast<T*>(args.out) + at,
+        args.positive != nullptr ? args.positive + at / 8 : nullptr,
+        columns<T>(args.center, 0),
+        columns<T>(args.scale, 0),
+        columns<T>(args.shift, 0),
+        Bend<T>(args.slope)};
+    work.span(args.channels, args.stream);
+  }
+  stream_fence();
+}
+
+template <class T, bool kBent, bool kBits, template <class> class Constants>
+NORMDROP_INLINE Gradient<T, kBent, kBits, Constants> column_gradient(const BatchNormArgs& args,
+                                                                     int64_t at, int64_t c) {
+  return {static_cast<const T*>(args.x) + at,
+          static_cast<const T*>(args.grad_y) + at,
+          kBits ? args.positive + at / 8 : nullptr,
+          constants_from<T, Constants>(args.center, c),
+          constants_from<T, Constants>(args.scale, c),
+          constants_from<T, Constants>(args.shift, c),
+          Bend<T>(args.slope)};
+}
+
+template <class T, bool kBent, bool kBits>
+void gradient_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
+  for (int64_t m = m1 - 1; m >= m0; --m) {
+    const int64_t at = m * args.channels;
+    const GradientX<T, kBent, kBits, Columns> work = {
+        column_gradient<T, kBent, kBits, Columns>(args, at, 0),
+        static_cast<T*>(args.out) + at,
+        args.grad_residual != nullptr ? static_cast<T*>(args.grad_residual) + at : nullptr,
+        columns<T>(args.grad_scale, 0),
+        columns<T>(args.grad_slope, 0),
+        columns<T>(args.grad_shift, 0),
+        args.training ? ~MaskOf<T>{} : MaskOf<T>{}};
+    work.span(args.channels, args.stream);
+  }
+  stream_fence();
+}
+
+constexpr int64_t kStrip = 512;  // columns whose sums stay in the first-level cache
 
 template <bool kValue>
 struct Flag {
@@ -624,12 +681,11 @@ NORMDROP_INLINE void walk_strip(int64_t count, const Visit& visit) {
 template <bool kWhole, class Add>
 NORMDROP_INLINE void walk_group(int64_t rows, const Add& add) {
   if (kWhole && rows == kRowGroup) {
-#pragma GCC unroll 8
+    NORMDROP_UNROLL
     for (int64_t r = 0; r < kRowGroup; ++r) {
       add(r);
     }
   } else {
-#pragma GCC unroll 1
     for (int64_t r = 0; r < rows; ++r) {
       add(r);
     }
@@ -637,12 +693,14 @@ NORMDROP_INLINE void walk_group(int64_t rows, const Add& add) {
 }
 
 template <class T>
-void statistics_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, Moments* result) {
+void statistics_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, double* mean,
+                        double* m2) {
   using V = VectorOf<T>;
   using Scalar = ScalarOf<T>;
   constexpr int64_t W = Lanes<T>::width;
-  Scalar shift[kStrip + W], d_sum[kStrip + W], dd_sum[kStrip + W];
-  ShiftedSums sums[kStrip];
+  // The sums of a block about `shift`, and all sums about `origin`, the first shift.
+  Scalar shift[kStrip + W], block_d[kStrip + W], block_dd[kStrip + W], origin[kStrip + W];
+  double d[kStrip + W], dd[kStrip + W];
   for (int64_t strip = 0; strip < args.channels; strip += kStrip) {
     const int64_t count = min_of(kStrip, args.channels - strip);
     const T* x = static_cast<const T*>(args.x) + strip;
@@ -657,84 +715,100 @@ void statistics_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, Momen
     const int64_t first_rows = min_of(kRowGroup, m1 - m0);
     walk_strip<T>(count, [&](int64_t c, int64_t n, auto whole) NORMDROP_LAMBDA {
       V sum{};
-      walk_group<false>(first_rows, [&](int64_t r) NORMDROP_LAMBDA {
-        sum += load(m0 + r, c, n, whole);
-      });
-      store_vector(shift + c, sum / splat<V>((Scalar)first_rows));
+      walk_group<false>(first_rows,
+                        [&](int64_t r) NORMDROP_LAMBDA { sum += load(m0 + r, c, n, whole); });
+      sum = sum / splat<V>((Scalar)first_rows);
+      store_vector(shift + c, sum);
+      store_vector(origin + c, sum);
     });
-    for (int64_t c = 0; c < count; ++c) {
-      sums[c].start((double)shift[c]);
-    }
+    memset(d, 0, sizeof(d));
+    memset(dd, 0, sizeof(dd));
     for (int64_t block = m0; block < m1; block += kColumnBlock) {
       const int64_t block_end = min_of(block + kColumnBlock, m1);
-      memset(d_sum, 0, sizeof(d_sum));
-      memset(dd_sum, 0, sizeof(dd_sum));
+      memset(block_d, 0, sizeof(block_d));
+      memset(block_dd, 0, sizeof(block_dd));
       for (int64_t group = block; group < block_end; group += kRowGroup) {
         const int64_t rows = min_of(kRowGroup, block_end - group);
         walk_strip<T>(count, [&](int64_t c, int64_t n, auto whole) NORMDROP_LAMBDA {
           const V k = load_vector<V>(shift + c);
-          V s = load_vector<V>(d_sum + c), q = load_vector<V>(dd_sum + c);
+          V s = load_vector<V>(block_d + c), q = load_vector<V>(block_dd + c);
           walk_group<decltype(whole)::value>(rows, [&](int64_t r) NORMDROP_LAMBDA {
-            const V d = load(group + r, c, n, whole) - k;
-            s += d;
-            q = fma(d, d, q);
+            const V difference = load(group + r, c, n, whole) - k;
+            s += difference;
+            q = fma(difference, difference, q);
           });
-          store_vector(d_sum + c, s);
-          store_vector(dd_sum + c, q);
+          store_vector(block_d + c, s);
+          store_vector(block_dd + c, q);
         });
       }
-      for (int64_t c = 0; c < count; ++c) {
-        sums[c].template add<Scalar>((double)(block_end - block), (double)d_sum[c],
-                                     (double)dd_sum[c]);
-        shift[c] = (Scalar)sums[c].shift;
+      const F64 rows = splat<F64>((double)(block_end - block));
+      const F64 share = splat<F64>(1.0 / (double)(block_end - block));
+      for (int64_t c = 0; c < count; c += kDoubles) {
+        const F64 s = load_doubles(block_d + c), q = load_doubles(block_dd + c);
+        const F64 k = load_doubles(shift + c);
+        const F64 move = k - load_doubles(origin + c);
+        store_vector(d + c, load_vector<F64>(d + c) + fma(rows, move, s));
+        store_vector(dd + c, load_vector<F64>(dd + c) + fma(move, s + fma(rows, move, s), q));
+        store_doubles(shift + c, fma(s, share, k));
       }
     }
+    const double share = 1.0 / (double)(m1 - m0);
     for (int64_t c = 0; c < count; ++c) {
-      result[strip + c] = sums[c].moments();
+      const double sum = dd[c] - d[c] * d[c] * share;
+      mean[strip + c] = (double)origin[c] + d[c] * share;
+      m2[strip + c] = sum < 0.0 ? 0.0 : sum;
     }
   }
 }
 
 template <class T, bool kBent, bool kBits>
-void gradient_sums_columns(const BatchNormArgs& args, int64_t m0, int64_t m1,
-                           GradientSums* result) {
+void gradient_sums_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, double* g,
+                           double* gx) {
   using V = VectorOf<T>;
   using Scalar = ScalarOf<T>;
   constexpr int64_t W = Lanes<T>::width;
-  Scalar g_sum[kStrip + W], gx_sum[kStrip + W];
+  Scalar block_g[kStrip + W], block_gx[kStrip + W];
   for (int64_t strip = 0; strip < args.channels; strip += kStrip) {
     const int64_t count = min_of(kStrip, args.channels - strip);
-    for (int64_t c = 0; c < count; ++c) {
-      result[strip + c] = {0.0, 0.0};
-    }
+    memset(g + strip, 0, count * sizeof(double));
+    memset(gx + strip, 0, count * sizeof(double));
     for (int64_t block = m0; block < m1; block += kColumnBlock) {
       const int64_t block_end = min_of(block + kColumnBlock, m1);
-      memset(g_sum, 0, sizeof(g_sum));
-      memset(gx_sum, 0, sizeof(gx_sum));
+      memset(block_g, 0, sizeof(block_g));
+      memset(block_gx, 0, sizeof(block_gx));
       for (int64_t group = block; group < block_end; group += kRowGroup) {
         const int64_t rows = min_of(kRowGroup, block_end - group);
         walk_strip<T>(count, [&](int64_t c, int64_t n, auto whole) NORMDROP_LAMBDA {
-          V s = load_vector<V>(g_sum + c), q = load_vector<V>(gx_sum + c);
-          walk_group<decltype(whole)::value>(rows, [&](int64_t r) NORMDROP_LAMBDA {
-            const auto source = column_gradient<T, kBent, kBits>(args, group + r);
-            const int64_t at = (group + r) * args.channels + strip + c;
-            const uint64_t bits = bits_at<kBits>(args.positive, at, n);
-            V d, g;
-            if constexpr (decltype(whole)::value) {
-              g = source.whole(strip + c, bits, d);
-            } else {
-              g = source.partial(strip + c, n, bits, d);
-            }
-            s += g;
-            q = fma(g, d, q);
-          });
-          store_vector(g_sum + c, s);
-          store_vector(gx_sum + c, q);
+          constexpr bool kWhole = decltype(whole)::value;
+          const int64_t at = group * args.channels + strip + c;
+          V s = load_vector<V>(block_g + c), q = load_vector<V>(block_gx + c), difference;
+          if constexpr (kWhole) {
+            const auto source =
+                column_gradient<T, kBent, kBits, Broadcast>(args, at, strip + c);
+            walk_group<true>(rows, [&](int64_t r) NORMDROP_LAMBDA {
+              const uint64_t bits =
+                  bits_at<kBent && kBits>(args.positive, at + r * args.channels, W);
+              const V value = source.whole(r * args.channels, bits, difference);
+              s += value;
+              q = fma(value, difference, q);
+            });
+          } else {
+            walk_group<false>(rows, [&](int64_t r) NORMDROP_LAMBDA {
+              const int64_t row = at + r * args.channels;
+              const uint64_t bits = bits_at<kBent && kBits>(args.positive, row, n);
+              const V value = column_gradient<T, kBent, kBits, Columns>(args, row, strip + c)
+                                  .partial(0, n, bits, difference);
+              s += value;
+              q = fma(value, difference, q);
+            });
+          }
+          store_vector(block_g + c, s);
+          store_vector(block_gx + c, q);
         });
       }
       for (int64_t c = 0; c < count; ++c) {
-        result[strip + c].g += (double)g_sum[c];
-        result[strip + c].gx += (double)gx_sum[c];
+        g[strip + c] += (double)block_g[c];
+        gx[strip + c] += (double)block_gx[c];
       }
     }
   }
@@ -811,8 +885,9 @@ void column_gradients(const BatchNormArgs& args, int64_t m0, int64_t m1) {
 }
 
 template <class T>
-void column_gradient_sums(const BatchNormArgs& args, int64_t m0, int64_t m1, GradientSums* result) {
-  NORMDROP_CHOOSE_GRADIENT(gradient_sums_columns, m0, m1, result)
+void column_gradient_sums(const BatchNormArgs& args, int64_t m0, int64_t m1, double* g,
+                          double* gx) {
+  NORMDROP_CHOOSE_GRADIENT(gradient_sums_columns, m0, m1, g, gx)
 }
 
 }  // namespace

@@ -77,9 +77,9 @@ struct BatchNormKernels {
                                     int64_t c1, int64_t i0, int64_t i1);
   // Rows [m0, m1), all columns.
   void (*column_statistics[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1,
-                                        Moments* result);
+                                        double* mean, double* m2);
   void (*column_gradient_sums[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1,
-                                           GradientSums* result);
+                                           double* g, double* gx);
   // Rows [m0, m1), the last first.
   void (*column_normalize[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1);
   void (*column_gradients[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1);

@@ -25,6 +25,13 @@
 #define NORMDROP_METHOD inline __attribute__((always_inline))
 #define NORMDROP_LAMBDA __attribute__((always_inline))
 
+// Of the loop that follows: arrays of vectors become registers.
+#if defined(__clang__)
+#define NORMDROP_UNROLL _Pragma("unroll")
+#else
+#define NORMDROP_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace normdrop::NORMDROP_ISA {
 namespace {
 
@@ -223,6 +230,16 @@ NORMDROP_INLINE double fma(double a, double b, double c) {
 #else
   return a * b + c;
 #endif
+}
+
+// Some elements in double.
+NORMDROP_INLINE F64 load_doubles(const double* p) { return load_vector<F64>(p); }
+NORMDROP_INLINE F64 load_doubles(const float* p) {
+  return __builtin_convertvector(load_vector<F32Half>(p), F64);
+}
+NORMDROP_INLINE void store_doubles(double* p, F64 v) { store_vector(p, v); }
+NORMDROP_INLINE void store_doubles(float* p, F64 v) {
+  store_vector(p, __builtin_convertvector(v, F32Half));
 }
 
 // ---- 16-bit types, rounding to nearest even ----------------------------------------------------
