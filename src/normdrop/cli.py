@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from normdrop.errors import UserError
 from normdrop.flags import parse, unknown
@@ -48,8 +49,14 @@ def train(
         resume: a run folder to go on with; its own options hold.
     """
     from normdrop.training.fit import train
+    from normdrop.training.show import conclude
 
-    train(Options(data, network, recipe, run), resume=resume)
+    folder = train(Options(data, network, recipe, run), resume=resume)
+    if run.report:
+        from normdrop.study.report import write_report
+
+        write_report(folder)
+    conclude(folder)
 
 
 def evaluate(
@@ -141,16 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["--version"]:
         arguments = ["version"]
-    warnings.showwarning = _show_warning
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(_overview())
             return 0
-        name = arguments[0]
-        if name not in COMMANDS:
-            raise UserError(unknown("command", name, COMMANDS))
-        notes = in_words() if name == "train" else ""
-        COMMANDS[name](**parse(COMMANDS[name], arguments[1:], prog=f"normdrop {name}", notes=notes))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _run(arguments[0], arguments[1:])
     except UserError as error:
         print(f"normdrop: {error}", file=sys.stderr)
         return 2
@@ -165,9 +169,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _run(name: str, arguments: list[str]) -> None:
+    if name not in COMMANDS:
+        raise UserError(unknown("command", name, COMMANDS))
+    notes = in_words() if name == "train" else ""
+    COMMANDS[name](**parse(COMMANDS[name], arguments, prog=f"normdrop {name}", notes=notes))
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning is one sentence, without the line of code that gave it."""
-    print(f"normdrop: warning: {message}", file=sys.stderr)
+    text = str(message).removeprefix("normdrop: ")
+    print(f"normdrop: warning: {text}", file=sys.stderr)
 
 
 def _overview() -> str:

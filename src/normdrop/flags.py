@@ -161,6 +161,8 @@ def _config_first(arguments: Sequence[str]) -> list[str]:
     first, rest = [], list(arguments)
     while "--config" in rest[:-1]:
         place = rest.index("--config")
+        if not Path(rest[place + 1]).is_file():
+            raise UserError(f"There is no file {rest[place + 1]!r} for --config")
         first += rest[place : place + 2]
         del rest[place : place + 2]
     return first + rest
@@ -172,7 +174,8 @@ def _values(parser: Any, arguments: list[str], hints: dict[str, Any], prog: str)
     try:
         return dict(vars(parser.parse_args(arguments)))
     except ArgumentError as error:
-        raise UserError(f"{_sentence(str(error), hints)}; {prog} --help shows them all") from error
+        sentence = _sentence(str(error), hints)
+        raise UserError(f"{sentence}; {prog} --help shows all options") from error
 
 
 def _sentence(text: str, hints: dict[str, Any]) -> str:
@@ -199,7 +202,9 @@ def _sentence(text: str, hints: dict[str, Any]) -> str:
     if key and value and key[1] in hints:
         flag = "--" + key[1].replace("_", "-")
         return f"Expected {flag} to be {_kind(hints[key[1]])}, but got {value[1]!r}"
-    return " ".join(text.removeprefix('Parser key "config": ').split())
+    return " ".join(
+        text.replace("Problems parsing config", "Cannot read the file of options").split()
+    )
 
 
 def _kind(hint: Any) -> str:

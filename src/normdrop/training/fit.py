@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytorch_lightning as pl
 import torch
@@ -87,10 +87,9 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
             check_same_data(folder, datamodule)
         _announce(folder, options, network, datamodule)
         try:
-            result = _fit(folder, options, network, datamodule)
+            _fit(folder, options, network, datamodule)
         except OSError as error:
             raise cannot_write(error, folder) from error
-        _conclude(folder, options, result)
         return folder
 
 
@@ -108,7 +107,7 @@ def _build(options: Options, datamodule: data.DataModule) -> torch.nn.Module:
 
 def _fit(
     folder: Path, options: Options, network: torch.nn.Module, datamodule: data.DataModule
-) -> dict[str, Any]:
+) -> None:
     limit = seconds(options.run.max_time) if options.run.max_time else None
     task = Task(network, options.recipe, seed=options.run.seed, limit=limit)
     record = Record(folder)
@@ -139,7 +138,7 @@ def _fit(
     last = load_checkpoint(record.last, network)
     network = with_weights(network.cpu(), best_weights(best), record.best)
     datamodule.trainer = None
-    return finish(
+    finish(
         folder,
         network,
         datamodule,
@@ -181,25 +180,8 @@ def _announce(
         f"γ and α that batch norm adds"
     )
     limit = f", {options.run.max_time} at most" if options.run.max_time else ""
-    say(f"{options.recipe.epochs} epochs{limit}, into {folder}")
-
-
-def _conclude(folder: Path, options: Options, result: dict[str, Any]) -> None:
-    """The last lines: the test accuracy, the report, the command that repeats the run."""
-    low, high = result["accuracy_interval"]
-    right = round(result["accuracy"] * result["count"])
-    shown = f"Results: {folder}"
-    if options.run.report:
-        # A layer above this one, which is there only in the whole package.
-        from normdrop.study.report import write_report
-
-        shown = f"Report:  {write_report(folder)}"
-    say(
-        f"Test accuracy {result['accuracy']:.2%} ({right:,} of {result['count']:,}; 95 % interval "
-        f"{low:.2%} to {high:.2%}), calibration error {result['calibration_error']:.3f}"
-    )
-    say(shown)
-    say(f"Again:   {result['command']}")
+    epochs = options.recipe.epochs
+    say(f"{epochs} epoch{'' if epochs == 1 else 's'}{limit}, into {folder}")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,16 @@ from normdrop.errors import UserError
 from normdrop.training.callbacks import say
 from normdrop.training.evaluate import evaluate as measure_run
 
-__all__ = ["describe", "evaluate"]
+__all__ = ["conclude", "describe", "evaluate"]
+
+
+def conclude(folder: Path) -> None:
+    """The last lines of a run: the test accuracy, the report, the command that repeats the run."""
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    say(f"Test {_accuracy(result)}, calibration error {result['calibration_error']:.3f}")
+    report = folder / "report.html"
+    say(f"Report:  {report}" if report.exists() else f"Results: {folder}")
+    say(f"Again:   {result['command']}")
 
 
 def evaluate(run: Path, *, data: str | None, split: str, as_json: bool) -> None:
@@ -22,16 +31,22 @@ def evaluate(run: Path, *, data: str | None, split: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
         return
-    low, high = result["accuracy_interval"]
-    right = round(result["accuracy"] * result["count"])
     say(f"{run.name} on {result['data']}, {result['split']} split")
     say(
-        f"accuracy {result['accuracy']:.2%} ({right:,} of {result['count']:,}; 95 % interval "
-        f"{low:.2%} to {high:.2%}), loss {result['loss']:.4f}, "
+        f"{_accuracy(result)}, loss {result['loss']:.4f}, "
         f"calibration error {result['calibration_error']:.3f}"
     )
     say(_per_class(result))
     say(_confusion(result))
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    low, high = result["accuracy_interval"]
+    right = round(result["accuracy"] * result["count"])
+    return (
+        f"accuracy {result['accuracy']:.2%} ({right:,} of {result['count']:,}; "
+        f"95 % interval {low:.2%} to {high:.2%})"
+    )
 
 
 def _per_class(result: dict[str, Any]) -> Table:

@@ -124,7 +124,7 @@ class Task(pl.LightningModule):
         """Share of the training that is done in the middle of a step: by steps, or by the time."""
         epochs = cast(int, self.recipe.epochs)
         batches = int(self.trainer.num_training_batches)
-        share = (self.current_epoch + (batch + 0.5) / batches) / epochs
+        share: float = (self.current_epoch + (batch + 0.5) / batches) / epochs
         if self.limit is not None:
             elapsed = torch.tensor(self.elapsed, dtype=torch.float64)
             elapsed = self.trainer.strategy.broadcast(elapsed)

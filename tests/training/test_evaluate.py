@@ -1,0 +1,237 @@
+"""A finished run, tested again and used for predictions."""
+
+import csv
+import io
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits, load_iris
+
+from normdrop import cli
+from normdrop.errors import UserError
+from normdrop.training.callbacks import COLUMNS
+from normdrop.training.evaluate import evaluate
+from normdrop.training.fit import train
+from normdrop.training.options import Options
+from normdrop.training.predict import predictions
+from normdrop.training.weights import load_network
+
+
+def result_of(run):
+    return json.loads((run / "result.json").read_text())
+
+
+def test_a_finished_run_holds_everything(finished_run):
+    for name in (
+        "options.yaml", "run.json", "metrics.csv", "result.json", "weights.safetensors",
+        "evaluation.safetensors", "evaluation.json", "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+    ):  # fmt: skip
+        assert (finished_run / name).is_file(), name
+    assert list((finished_run / "tensorboard").glob("events.*"))
+    assert not list(finished_run.rglob("*.part"))
+    with (finished_run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert tuple(rows[0]) == COLUMNS
+    result = result_of(finished_run)
+    assert set(result) == {
+        "split", "count", "accuracy", "accuracy_interval", "loss", "calibration_error",
+        "per_class", "confusion", "reliability", "epochs", "best_epoch", "train_seconds",
+        "parameters", "machine", "command",
+    }  # fmt: skip
+    assert result["command"] == f"normdrop train --config {finished_run / 'options.yaml'}"
+    record = json.loads((finished_run / "run.json").read_text())
+    assert record["network"]["name"] == "resnet8"
+    assert record["norm_layers"][0] == {"name": "input_norm", "features": 1}
+
+
+def test_the_best_epoch_has_the_highest_validation_accuracy(finished_run):
+    with (finished_run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    best = max(rows, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
+    assert result_of(finished_run)["best_epoch"] == int(best["epoch"])
+
+
+def test_the_report_can_show_the_worst_mistakes(finished_run):
+    tensors = safetensors.torch.load_file(finished_run / "evaluation.safetensors")
+    count = result_of(finished_run)["count"]
+    assert tensors["probabilities"].shape == (count, 10)
+    mistakes, labels = tensors["mistakes"], tensors["labels"]
+    given = tensors["probabilities"][mistakes]
+    assert (given.argmax(1) != labels[mistakes]).all()
+    confidence = given.max(1).values
+    assert torch.equal(confidence, confidence.sort(descending=True).values)
+    assert tensors["mistake_pictures"].shape == (len(mistakes), 8, 8, 1)
+    names = json.loads((finished_run / "evaluation.json").read_text())["mistake_names"]
+    assert len(names) == len(mistakes)
+
+
+def test_evaluating_again_gives_the_same_figures(finished_run):
+    again, result = evaluate(finished_run), result_of(finished_run)
+    for key in ("count", "accuracy", "confusion"):
+        assert again[key] == result[key]
+    # Right after training the weights lie channels_last, loaded again they do not.
+    assert again["loss"] == pytest.approx(result["loss"], rel=1e-6)
+
+
+def test_evaluate_prints_tables_or_json(finished_run, capsys):
+    assert cli.main(["evaluate", str(finished_run)]) == 0
+    shown = capsys.readouterr().out
+    assert f"accuracy {result_of(finished_run)['accuracy']:.2%}" in shown
+    assert "truth \\ answer" in shown
+    assert "precision" in shown
+    assert cli.main(["evaluate", str(finished_run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["count"] == result_of(finished_run)["count"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_other_splits_can_be_evaluated(finished_run, split):
+    assert evaluate(finished_run, split=split)["count"] == {"train": 719, "val": 180}[split]
+
+
+@pytest.fixture
+def digit_folder(tmp_path):
+    """The first forty digits as pictures, in a folder for each class."""
+    digits = load_digits()
+    for place in range(40):
+        folder = tmp_path / "digits" / str(digits.target[place])
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.rint(digits.images[place] * (255 / 16)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{place}.png")
+    return tmp_path / "digits"
+
+
+def test_other_data_are_read_as_the_runs_own(finished_run, digit_folder):
+    result = evaluate(finished_run, source=str(digit_folder))
+    assert result["count"] == 40
+    # The pixels are the same, so the answers are.
+    rows = predictions(finished_run, [digit_folder])
+    right = sum(row["file"].split("/")[-2] == row["class"] for row in rows)
+    assert result["accuracy"] == right / 40
+
+
+def test_a_label_that_training_never_saw_is_named(finished_run, digit_folder):
+    shutil.move(digit_folder / "3", digit_folder / "three")
+    with pytest.raises(UserError, match="has the label 'three', which training never saw"):
+        evaluate(finished_run, source=str(digit_folder))
+
+
+def test_data_of_other_classes_are_refused(finished_run, tmp_path):
+    frame = pd.DataFrame({"x": [1.0, 2.0], "y": [0, 1]})
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    with pytest.raises(UserError, match="Expected a folder of images by class"):
+        evaluate(finished_run, source=str(tmp_path / "table.csv"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="to hold a folder for each class"):
+        evaluate(finished_run, source=str(tmp_path / "empty"))
+
+
+def test_predictions_in_every_form(finished_run, digit_folder, capsys, tmp_path):
+    files = sorted(str(path) for path in digit_folder.rglob("*.png"))[:5]
+    forms = {}
+    for form in ("table", "csv", "json"):
+        assert cli.main(["predict", str(finished_run), *files, "--format", form]) == 0
+        forms[form] = capsys.readouterr().out
+    rows = json.loads(forms["json"])
+    assert [row["file"] for row in rows] == files
+    for row in rows:
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["probability"] == max(row["probabilities"].values())
+        assert row["file"] in forms["table"]
+    table = list(csv.DictReader(io.StringIO(forms["csv"])))
+    assert [row["class"] for row in table] == [row["class"] for row in rows]
+    assert float(table[0]["p(3)"]) == pytest.approx(rows[0]["probabilities"]["3"], rel=1e-4)
+    target = tmp_path / "out.csv"
+    arguments = ["predict", str(finished_run), *files, "--format", "csv", "--output", str(target)]
+    assert cli.main(arguments) == 0
+    assert target.read_text() == forms["csv"]
+
+
+def test_a_file_that_cannot_be_read_is_named(finished_run, tmp_path, capsys):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    assert cli.main(["predict", str(finished_run), str(bad)]) == 2
+    assert "bad.png" in capsys.readouterr().err
+    assert cli.main(["predict", str(finished_run), str(tmp_path / "none.png")]) == 2
+    assert "none.png" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def iris_run(tmp_path_factory):
+    """A run on a table with three classes."""
+    folder = tmp_path_factory.mktemp("iris")
+    iris = load_iris(as_frame=True)
+    frame = iris.frame.assign(target=iris.target.map(dict(enumerate(iris.target_names))))
+    frame.to_csv(folder / "iris.csv", index=False)
+    options = Options.from_flat(
+        {"data": str(folder / "iris.csv"), "model": "mlp_16", "epochs": 20, "batch_size": 16,
+         "runs_dir": str(folder / "runs"), "threads": 1}
+    )  # fmt: skip
+    return train(options), folder / "iris.csv"
+
+
+def test_a_table_from_training_to_prediction(iris_run):
+    run, table = iris_run
+    assert run.name == "iris-mlp_16-1"
+    assert result_of(run)["accuracy"] > 0.8
+    assert evaluate(run, source=str(table))["count"] == 150
+    rows = predictions(run, [table])
+    assert rows[0]["file"] == f"{table}:1"
+    truth = pd.read_csv(table)["target"]
+    right = sum(row["class"] == name for row, name in zip(rows, truth, strict=True))
+    assert evaluate(run, source=str(table))["accuracy"] == right / 150
+    assert "mistake_pictures" not in safetensors.torch.load_file(run / "evaluation.safetensors")
+
+
+def test_a_table_without_the_target_is_named(iris_run, tmp_path):
+    run, table = iris_run
+    pd.read_csv(table).drop(columns="target").to_csv(tmp_path / "rows.csv", index=False)
+    assert len(predictions(run, [tmp_path / "rows.csv"])) == 150
+    with pytest.raises(UserError, match="to have the target column 'target'"):
+        evaluate(run, source=str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 0.5, 0.99])
+def test_weights_that_were_cut_off_are_named(finished_run, tmp_path, keep):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    weights = run / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
+    with pytest.raises(UserError, match=r"Cannot read .*weights.safetensors .*cut off"):
+        load_network(run)
+
+
+def test_weights_of_another_network_are_named(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    weights = safetensors.torch.load_file(run / "weights.safetensors")
+    weights["fc.weights"] = weights.pop("fc.weight")
+    weights["fc.bias"] = torch.zeros(11)
+    safetensors.torch.save_file(weights, run / "weights.safetensors")
+    with pytest.raises(
+        UserError,
+        match=r"another network: fc.weight is missing; fc.weights is unknown; "
+        r"fc.bias should have shape \(10,\), not \(11,\)",
+    ):
+        load_network(run)
+
+
+def test_a_run_without_weights_says_how_to_finish_it(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match="has no weights yet; finish it with: normdrop train"):
+        load_network(run)
+
+
+@pytest.mark.parametrize("name", ["run.json", "options.yaml"])
+def test_a_damaged_run_folder_is_named(finished_run, tmp_path, name):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / name).write_text('{"network": [')
+    with pytest.raises(UserError, match=f"Cannot read .*{name}"):
+        evaluate(run)

@@ -1,0 +1,203 @@
+"""A run from options to folder: names, limits, what is written, what goes wrong."""
+
+import csv
+import errno
+import json
+
+import pytest
+import torch
+import yaml
+
+from normdrop import cli
+from normdrop.errors import UserError
+from normdrop.training import callbacks, evaluate, runs
+from normdrop.training.fit import train
+from normdrop.training.task import Task
+
+
+def rows(run):
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_runs_are_numbered(small):
+    first = train(small(epochs=1))
+    second = train(small(epochs=1))
+    assert [run.name for run in (first, second)] == ["digits-resnet8-1", "digits-resnet8-2"]
+
+
+def test_options_yaml_runs_it_again(finished_run, tmp_path, capsys):
+    options = finished_run / "options.yaml"
+    assert "name" not in yaml.safe_load(options.read_text())
+    arguments = ["train", "--config", str(options), "--runs-dir", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    again = tmp_path / "digits-resnet8-1"
+    assert (again / "weights.safetensors").read_bytes() == (
+        finished_run / "weights.safetensors"
+    ).read_bytes()
+    last = capsys.readouterr().out.splitlines()[-3:]
+    assert last[0].startswith("Test accuracy ")
+    assert last[1] == f"Results: {again}"
+    assert last[2] == f"Again:   normdrop train --config {again / 'options.yaml'}"
+
+
+def test_another_seed_gives_another_network(small, finished_run):
+    other = train(small(seed=1))
+    assert (other / "weights.safetensors").read_bytes() != (
+        finished_run / "weights.safetensors"
+    ).read_bytes()
+
+
+def test_a_name_that_exists_is_refused(small, finished_run, tmp_path):
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"exists; go on with it by --resume .*or choose another"):
+        train(small(name="taken"))
+
+
+def test_a_runs_dir_that_cannot_be_is_named(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot make a run folder in"):
+        train(small(runs_dir=str(tmp_path / "file" / "runs")))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float64"])
+def test_precision(small, precision):
+    run = train(small(epochs=1, precision=precision))
+    weights = evaluate.load_network(run)[0].fc.weight
+    assert weights.dtype == (torch.float64 if precision == "float64" else torch.float32)
+    assert (
+        evaluate.evaluate(run)["accuracy"]
+        == json.loads((run / "result.json").read_text())["accuracy"]
+    )
+
+
+@pytest.mark.parametrize("options", [{"norm": False, "learning_rate": 0.02}, {"input_norm": False}])
+def test_networks_without_norm(small, options):
+    run = train(small(epochs=1, **options))
+    norms = json.loads((run / "run.json").read_text())["norm_layers"]
+    assert [layer["name"] for layer in norms][:1] == (
+        ["input_norm"] if "norm" in options else ["bn1"]
+    )
+
+
+def test_the_time_limit_ends_the_run_and_the_schedule(small, monkeypatch):
+    # The clock is turned: a step takes 10 s. The 31st step is one of learning rate zero.
+    monkeypatch.setattr(Task, "elapsed", property(lambda self: 10.0 * self.global_step))
+    run = train(small(epochs=50, max_time="300s"))
+    (row,) = rows(run)[-1:]
+    assert int(row["step"]) == 31
+    assert int(row["epoch"]) == 3
+    assert float(row["learning_rate"]) == pytest.approx(0, abs=1e-3)
+    assert json.loads((run / "result.json").read_text())["epochs"] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small):
+    with pytest.raises(UserError, match="The loss is nan in epoch 1; train again with a lower"):
+        train(small(learning_rate=1e20))
+
+
+def test_lightning_is_silent(small, capfd, recwarn):
+    train(small(epochs=1))
+    shown = capfd.readouterr()
+    assert shown.err == ""
+    lines = shown.out.splitlines()
+    assert lines[0].startswith("digits: 719 training, 180 validation and 898 test samples")
+    assert lines[3].startswith("epoch 1/1  loss ")
+    assert len(lines) == 4
+    assert [str(w.message) for w in recwarn] == []
+
+
+class TestNoRoom:
+    """A full disk or a folder that cannot be written: one sentence, and no checkpoint is lost."""
+
+    @pytest.fixture
+    def fill(self, monkeypatch):
+        """Let writing fail from a certain epoch on."""
+
+        def arm(epoch, code=errno.ENOSPC):
+            original = callbacks.write_atomically
+
+            def write_atomically(path):
+                if self.epoch >= epoch:
+                    raise OSError(code, "No space left on device", str(path))
+                return original(path)
+
+            monkeypatch.setattr(callbacks, "write_atomically", write_atomically)
+            start = Task.on_train_epoch_start
+
+            def on_train_epoch_start(task):
+                self.epoch = task.current_epoch + 1
+                start(task)
+
+            monkeypatch.setattr(Task, "on_train_epoch_start", on_train_epoch_start)
+            return monkeypatch.undo
+
+        return arm
+
+    def test_in_a_later_epoch(self, small, fill, finished_run):
+        undo = fill(2)
+        with pytest.raises(
+            UserError, match=r"Cannot write to .*full \(No space left on device\).*--resume .*full"
+        ):
+            train(small(name="full"))
+        undo()
+        full = runs.Path(small().run.runs_dir) / "full"
+        last = torch.load(full / "checkpoints" / "last.ckpt", weights_only=True)
+        assert last["callbacks"]["Record"]["rows"][-1]["epoch"] == 1
+        assert not list(full.rglob("*.part"))
+        # With room again, the run ends as if nothing had been.
+        train(resume=full)
+        assert (full / "weights.safetensors").read_bytes() == (
+            finished_run / "weights.safetensors"
+        ).read_bytes()
+
+    def test_in_the_first_epoch(self, small, fill):
+        fill(1)
+        with pytest.raises(UserError, match=r"then start again with: normdrop train --resume"):
+            train(small(name="full"))
+
+    def test_while_the_checkpoint_is_written(self, small, monkeypatch, finished_run):
+        # The disk fills up in the middle of the second checkpoint.
+        written = []
+
+        class Half(type(runs.Path())):
+            def write_bytes(self, data):
+                written.append(self)
+                if len(written) == 3:
+                    super().write_bytes(bytes(data)[: len(data) // 2])
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return super().write_bytes(data)
+
+        original = callbacks.write_atomically
+        import contextlib
+
+        @contextlib.contextmanager
+        def write_atomically(path):
+            with original(path) as temporary:
+                yield Half(temporary)
+
+        monkeypatch.setattr(callbacks, "write_atomically", write_atomically)
+        with pytest.raises(UserError, match="No space left on device"):
+            train(small(name="full", epochs=5))
+        full = runs.Path(small().run.runs_dir) / "full"
+        torch.load(full / "checkpoints" / "last.ckpt", weights_only=True)
+        assert not list(full.rglob("*.part"))
+
+    def test_when_the_folder_is_made(self, small, monkeypatch):
+        def write_text(path, text):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+        monkeypatch.setattr(runs, "write_text", write_text)
+        with pytest.raises(UserError, match=r"Read-only file system\); choose another folder"):
+            train(small(name="read-only"))
+
+    def test_when_the_result_is_written(self, small, monkeypatch):
+        def save_tensors(path, tensors):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        monkeypatch.setattr(evaluate, "save_tensors", save_tensors)
+        with pytest.raises(UserError, match="No space left on device"):
+            train(small(name="full", epochs=1))
+        monkeypatch.undo()
+        full = runs.Path(small().run.runs_dir) / "full"
+        assert (train(resume=full) / "result.json").exists()
