@@ -57,6 +57,12 @@ def test_the_first_convolution_says_which_side_is_the_channels() -> None:
     assert normdrop.describe(model, (8, 5, 32)).input_shape == (8, 5, 32)
 
 
+def test_where_there_is_no_convolution_the_first_batch_norm_says_it() -> None:
+    model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.BatchNorm2d(8))
+    assert normdrop.describe(model, (32, 5, 8)).input_shape == (8, 32, 5)
+    assert normdrop.describe(networks.mlp((12, 4, 10)), (6, 2, 1)).input_shape == (1, 6, 2)
+
+
 def test_parse_input_gives_torchs_order() -> None:
     assert parse_input("224x224x3") == (3, 224, 224)
     assert parse_input("28 x 28 x 1") == (1, 28, 28)

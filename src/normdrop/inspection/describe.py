@@ -43,9 +43,10 @@ def describe(
     Args:
         model: any module.
         input_size: ``"224x224x3"`` or ``(224, 224, 3)``, as the lecture writes an image, or torch's
-            ``(3, 224, 224)``: the side that agrees with the first convolution is the channels.
-            ``(13,)`` for a row of a table. Or the input itself, with its batch: a tensor, a
-            sequence of tensors (the arguments) or a mapping (the keyword arguments).
+            ``(3, 224, 224)``: the side that agrees with the first convolution or batch
+            normalization is the channels. ``(13,)`` for a row of a table. Or the input itself, with
+            its batch: a tensor, a sequence of tensors (the arguments) or a mapping (the keyword
+            arguments).
         batch_size: samples in the batch. Batch normalization in training needs two at least where
             it sees one value a sample.
 
@@ -291,6 +292,16 @@ def _in_torch_order(sizes: tuple[int, ...], channels: int | None) -> tuple[int, 
     return (sizes[-1], *sizes[:-1]) if is_last else sizes
 
 
+def _first_channels(model: torch.nn.Module) -> int | None:
+    """Give the channels that the first convolution or batch normalization takes."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.conv._ConvNd):
+            return module.in_channels
+        if isinstance(module, _BatchNorm):
+            return module.num_features
+    return None
+
+
 def _inputs(
     model: torch.nn.Module, given: Any, batch_size: int
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor], tuple[int, ...]]:
@@ -304,10 +315,7 @@ def _inputs(
         return tuple(given), {}, tuple(given[0].shape[1:])
     if batch_size < 1:
         raise UserError(f"Expected `batch_size` to be at least 1 but got {batch_size}")
-    convolutions = (m for m in model.modules() if isinstance(m, torch.nn.modules.conv._ConvNd))
-    first_convolution = next(convolutions, None)
-    channels = first_convolution.in_channels if first_convolution else None
-    shape = _in_torch_order(_sizes(given), channels)
+    shape = _in_torch_order(_sizes(given), _first_channels(model))
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     # A generator of its own: the user's is not touched.
     generator = torch.Generator().manual_seed(0)
