@@ -229,7 +229,8 @@ def _find_files(root: Path) -> tuple[tuple[str, ...], list[tuple[Path, int, str]
             loose = sum(not is_junk(p) for p in path.iterdir() if p.is_file())
             has = f"{loose} files" if loose else "nothing"
             raise UserError(
-                f"folder {str(path)!r} must hold one folder of images per class, but it holds {has} and no "
+                f"folder {str(path)!r} must hold one folder of images per class, but it holds "
+                f"{has} and no "
                 f"folder; make folders named after the classes and put the images into them"
             )
     classes = tuple(sorted({folder.name for group in folders.values() for folder in group}))
