@@ -100,7 +100,7 @@ def test_another_network_takes_its_familys_recipe():
     assert wide.network.keep_hidden == FAMILY["wide_resnet"]["keep_hidden"]
 
 
-def test_digits_are_shifted_unless_the_user_says_otherwise():
-    assert resolve_data(DataOptions(), name="digits").augment == "shift"
-    assert resolve_data(DataOptions(augment="none"), name="digits").augment == "none"
+def test_a_data_set_may_have_an_augmentation_of_its_own():
+    assert resolve_data(DataOptions(), name="fashion-mnist").augment == "shift,flip"
+    assert resolve_data(DataOptions(augment="none"), name="fashion-mnist").augment == "none"
     assert resolve_data(DataOptions(), name="cats").augment is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from normdrop import data, networks
+from normdrop.errors import UserError
 from normdrop.training.callbacks import AtomicCheckpoints, Display, Record, say, silence
 from normdrop.training.evaluate import finish
 from normdrop.training.measure import count_parameters
@@ -160,6 +162,11 @@ def _fit_or_stop(
         whole = Record(folder).last.exists()
         kept = "the last whole epoch is kept" if whole else "no epoch was whole yet"
         raise Stopped(f"Stopped; {kept}. Go on with: normdrop train --resume {folder}") from error
+    except torch.multiprocessing.ProcessRaisedException as error:
+        # Another process can send only the text of what it raised.
+        if match := re.search(r"^normdrop\.errors\.UserError: (.*)$", str(error), re.MULTILINE):
+            raise UserError(match[1]) from error
+        raise
 
 
 def _announce(

@@ -45,13 +45,20 @@ FAMILY: dict[str, dict[str, Any]] = {
 DATA: dict[str, dict[str, Any]] = {
     "digits": {
         "model": "resnet8",
-        "augment": "shift",
         "epochs": 30,
         "batch_size": 64,
         "learning_rate": 0.2,
+        "label_smoothing": 0.02,
         "keep_hidden": 0.9,
     },
-    "fashion-mnist": {"model": "resnet8", "width": 32, "stem_stride": 2, "epochs": 15},
+    "fashion-mnist": {
+        "model": "resnet8",
+        "width": 32,
+        "stem_stride": 2,
+        "augment": "shift,flip",
+        "epochs": 18,
+        "keep_hidden": 0.9,
+    },
     "images up to 64 pixels": {"model": "resnet8", "width": 32, "stem_stride": 2},
     "larger images": {"model": "resnet18", "width": 32, "batch_size": 64},
     "tables": {"model": "mlp", "epochs": 60, "batch_size": 64, "keep_hidden": 0.8},
