@@ -154,22 +154,31 @@ struct Channels {
 
   void set_forward(int64_t c, Constants& constants) const {
     const double center = constants.round(mean[c]);
-    const double scale = invstd(c) * weight[c];
+    const double scale = weight[c] * invstd(c);
     constants.set(kCenter, c, center);
     constants.set(kScale, c, scale);
     constants.set(kShift, c, bias[c] + (center - mean[c]) * scale);
   }
 
-  // `sums` are about the center; given back about the mean.
+  void set_forward(Constants& constants) const {
+    const auto count = static_cast<int64_t>(mean.size());
+    parallel_ranges(count, count * 64, [&](int64_t c0, int64_t c1) {
+      for (int64_t c = c0; c < c1; ++c) {
+        set_forward(c, constants);
+      }
+    });
+  }
+
+  // From the sums about the center to the gradients: {bias's, weight's}.
   GradientSums set_backward(int64_t c, GradientSums sums, double count, bool training,
                             Constants& constants) const {
     const double off = constants.round(mean[c]) - mean[c];
-    const double scale = invstd(c) * weight[c];
-    sums.gx += off * sums.g;
-    const double slope = training ? -scale * invstd(c) * invstd(c) * sums.gx / count : 0.0;
+    const double inv = invstd(c), scale = weight[c] * inv, share = training ? 1.0 / count : 0.0;
+    sums.gx = (sums.gx + off * sums.g) * inv;
+    const double slope = training ? -scale * inv * sums.gx * share : 0.0;
     constants.set(kGradScale, c, scale);
     constants.set(kGradSlope, c, slope);
-    constants.set(kGradShift, c, training ? slope * off - scale * sums.g / count : 0.0);
+    constants.set(kGradShift, c, training ? slope * off - scale * sums.g * share : 0.0);
     return sums;
   }
 };
@@ -354,9 +363,7 @@ void forward_rows(const BatchNormArgs& args, const Layout& x, DataType type, boo
       settle_tile(t, parts.data() + t * size);
     }
   } else {
-    for (int64_t c = 0; c < x.channels; ++c) {
-      channels.set_forward(c, constants);
-    }
+    channels.set_forward(constants);
   }
   plan.for_pieces(x, [&](int64_t o0, int64_t o1, int64_t c0, int64_t c1, int64_t i0, int64_t i1) {
     kernels.row_normalize[type](args, o0, o1, c0, c1, i0, i1);
@@ -393,9 +400,7 @@ void forward_columns(const BatchNormArgs& args, const Layout& x, DataType type, 
       }
     });
   } else {
-    for (int64_t c = 0; c < x.channels; ++c) {
-      channels.set_forward(c, constants);
-    }
+    channels.set_forward(constants);
   }
   if (plan.rest > 0) {
     kernels.column_normalize[type](rest, 0, 1);
@@ -607,9 +612,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_cpu(
     args.grad_scale = constants.vector(kGradScale);
     args.grad_slope = constants.vector(kGradSlope);
     args.grad_shift = constants.vector(kGradShift);
-    for (int64_t c = 0; c < layout.channels; ++c) {
-      channels.set_forward(c, constants);
-    }
+    channels.set_forward(constants);
     if (layout.inner == 1) {
       backward_columns(args, layout, type, x.element_size(), want_sums, want_x, channels, constants,
                        sums);
@@ -620,7 +623,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_cpu(
   std::vector<double> grad_weight(need_vectors ? sums.size() : 0);
   std::vector<double> grad_bias(grad_weight.size());
   for (size_t c = 0; c < grad_weight.size(); ++c) {
-    grad_weight[c] = sums[c].gx * channels.invstd(static_cast<int64_t>(c));
+    grad_weight[c] = sums[c].gx;
     grad_bias[c] = sums[c].g;
   }
   const ScalarType plain = type == kFloat64 ? ScalarType::Double : ScalarType::Float;

@@ -6,7 +6,8 @@ from x; where a residual was added, one bit an element is kept instead.
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,61 +47,86 @@ def batch_norm(
     nonfinite: str,
 ) -> Tensor:
     """y = dropout(activation(BN(x) + residual)); training says whose statistics are used."""
-    if nonfinite == "propagate" and not torch.compiler.is_compiling() and x.numel() <= _SMALL:
+    compiling = torch.compiler.is_compiling()
+    if x.numel() <= _SMALL and nonfinite == "propagate" and not compiling:
         y = torch.nn.functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    elif _takes_kernel(x, (running_mean, running_var, weight, bias), training, eps):
+    elif _takes_kernel(x, running_mean, running_var, weight, bias, training, eps):
         slope = SLOPES.get(activation, 1.0)
-        fused = residual is None or _is_ordered(x)
-        y, mean, var, _ = torch.ops.normdrop.batch_norm.default(
-            x,
-            None if training else running_mean,
-            None if training else running_var,
-            weight,
-            bias,
-            residual if fused else None,
-            training,
-            eps,
-            slope if fused else 1.0,
-        )
-        if training and (running_mean is not None or nonfinite == "raise"):
-            count = x.numel() // x.shape[1]
-            torch.ops.normdrop.batch_norm_update.default(
-                running_mean, running_var, mean, var, count, momentum, NONFINITE[nonfinite]
+        added = residual
+        if residual is not None and not _is_ordered(x):
+            slope, added = 1.0, None
+        mode = NONFINITE[nonfinite]
+        if compiling:
+            y = _traced(
+                x,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                added,
+                training,
+                momentum,
+                eps,
+                slope,
+                mode,
             )
-        if fused:
+        else:
+            y = _eager(
+                x,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                added,
+                training,
+                momentum,
+                eps,
+                slope,
+                mode,
+            )
+        if added is residual:
             residual = None
             activation = None if activation in SLOPES else activation
     else:
         y = _plain(x, running_mean, running_var, weight, bias, training, momentum, eps, nonfinite)
     if residual is not None:
         y = y + residual
-    y = reference.activate(y, activation)
+    if activation is not None:
+        y = reference.activate(y, activation)
     if keep < 1.0 and seed is not None:
         y = dropout_ops.dropout(y, keep, 1.0 / keep if keep else 0.0, seed, sample_offset)
     return y
 
 
 def _takes_kernel(
-    x: Tensor, vectors: tuple[Tensor | None, ...], training: bool, eps: float
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
 ) -> bool:
     """Whether the kernel computes this; what is wrong is left to torch, which says so."""
-    if not has_kernels() or x.device.type != "cpu" or x.dtype not in _TYPES or x.dim() < 2:
+    if not has_kernels() or not x.is_cpu or x.dtype not in _TYPES or x.dim() < 2:
         return False
-    if x.layout != torch.strided or _is_transformed():
+    if x.layout is not torch.strided or _is_transformed():
         return False
-    channels = x.shape[1]
+    channels, dtype = x.shape[1], x.dtype
     if x.numel() == 0 or (training and (x.numel() == channels or eps <= 0.0)):
         return False
-    if (vectors[0] is None) != (vectors[1] is None) or not (training or vectors[0] is not None):
+    if (running_mean is None) != (running_var is None):
         return False
-    for vector in vectors:
+    if running_mean is None and not training:
+        return False
+    for vector in (running_mean, running_var, weight, bias):
         if vector is None:
             continue
-        if vector.dtype != x.dtype and not (x.dtype in _HALF and vector.dtype == torch.float32):
+        if vector.dtype is not dtype and not (dtype in _HALF and vector.dtype is torch.float32):
             return False
-        if vector.dim() != 1 or vector.shape[0] != channels or vector.device.type != "cpu":
+        if vector.dim() != 1 or vector.shape[0] != channels or not vector.is_cpu:
             return False
     return True
 
@@ -149,6 +175,107 @@ def _plain(
             running_mean.copy_(torch.where(is_finite, new_mean, running_mean))
             running_var.copy_(torch.where(is_finite, new_var, running_var))
     return y
+
+
+def _traced(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    slope: float,
+    nonfinite: int,
+) -> Tensor:
+    """The operators as torch.compile and torch.export see them."""
+    y, mean, var, _ = torch.ops.normdrop.batch_norm.default(
+        x,
+        None if training else running_mean,
+        None if training else running_var,
+        weight,
+        bias,
+        residual,
+        training,
+        eps,
+        slope,
+    )
+    if training:
+        _update(running_mean, running_var, x, mean, var, momentum, nonfinite)
+    return y
+
+
+def _update(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    nonfinite: int,
+) -> None:
+    if running_mean is None or running_var is None:
+        if nonfinite != NONFINITE["raise"]:
+            return
+        running_mean, running_var = torch.empty_like(mean), torch.empty_like(var)
+    torch.ops.normdrop.batch_norm_update.default(
+        running_mean, running_var, mean, var, x.numel() // x.shape[1], momentum, nonfinite
+    )
+
+
+def _eager(*args: Any) -> Tensor:
+    """The same in eager mode, without the 60 µs that a registered formula costs a call."""
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (args[0], args[3], args[4], args[5])
+    ):
+        return cast(Tensor, _Eager.apply(*args))
+    return _Eager.forward(None, *args)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        slope: float,
+        nonfinite: int,
+    ) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, mean, var, positive = torch.ops.normdrop.batch_norm.default(
+                x,
+                None if training else running_mean,
+                None if training else running_var,
+                weight,
+                bias,
+                residual,
+                training,
+                eps,
+                slope,
+            )
+            if training:
+                _update(running_mean, running_var, x, mean, var, momentum, nonfinite)
+        if ctx is not None:
+            ctx.save_for_backward(x, mean, var, weight, bias, positive)
+            ctx.training, ctx.eps, ctx.slope = training, eps, slope
+            ctx.set_materialize_grads(False)
+        return cast(Tensor, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+        need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+        grads = _gradients(ctx, grad_y, need_x, need_weight, need_bias, need_residual)
+        grad_x, grad_weight, grad_bias, grad_residual = grads
+        return (grad_x, None, None, grad_weight, grad_bias, grad_residual, *(None,) * 5)
 
 
 # ---- Fake kernels: shapes, types and layouts only ----------------------------------------------
@@ -222,37 +349,46 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 9
-    x, mean, var, weight, bias, positive = ctx.saved_tensors
     need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
-    grad_x, grad_weight, grad_bias, grad_residual = torch.ops.normdrop.batch_norm_backward.default(
-        grad_y,
-        x,
-        mean,
-        var,
-        weight,
-        bias,
-        positive,
-        ctx.training,
-        ctx.eps,
-        ctx.slope,
-        need_x,
-        need_weight or need_bias,
-        need_residual and ctx.slope != 1.0,
-    )
-    if ctx.slope == 1.0:
-        grad_residual = grad_y
+    grads = _gradients(ctx, grad_y, need_x, need_weight, need_bias, need_residual)
+    grad_x, grad_weight, grad_bias, grad_residual = grads
+    return (grad_x, None, None, grad_weight, grad_bias, grad_residual, None, None, None)
+
+
+def _gradients(
+    ctx: Any,
+    grad_y: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_residual: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    if grad_y is None:
+        return None, None, None, None
+    x, mean, var, weight, bias, positive = ctx.saved_tensors
+    # With create_graph the operator is differentiated in turn; else its formula need not be found.
+    again = torch.is_grad_enabled()
+    with nullcontext() if again else torch._C._AutoDispatchBelowAutograd():
+        grads = torch.ops.normdrop.batch_norm_backward.default(
+            grad_y,
+            x,
+            mean,
+            var,
+            weight,
+            bias,
+            positive,
+            ctx.training,
+            ctx.eps,
+            ctx.slope,
+            need_x,
+            need_weight or need_bias,
+            need_residual and ctx.slope != 1.0,
+        )
     return (
-        grad_x if need_x else None,
-        None,
-        None,
-        grad_weight if need_weight else None,
-        grad_bias if need_bias else None,
-        grad_residual if need_residual else None,
-        None,
-        None,
-        None,
+        grads[0] if need_x else None,
+        grads[1] if need_weight else None,
+        grads[2] if need_bias else None,
+        (grad_y if ctx.slope == 1.0 else grads[3]) if need_residual else None,
     )
 
 
