@@ -8,6 +8,7 @@ functions, so that help needs no torch.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -161,8 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # The help of a command was shown.
         return int(done.code or 0)
     except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+        # Whoever reads the output has gone; without this, Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt as stop:
         print(f"\n{stop or 'Stopped.'}", file=sys.stderr)
         return 130

@@ -91,6 +91,44 @@ def test_the_time_limit_ends_the_run_and_the_schedule(small, monkeypatch):
     assert json.loads((run / "result.json").read_text())["epochs"] == 3
 
 
+def test_a_run_at_its_time_limit_can_be_finished_later(small, monkeypatch):
+    monkeypatch.setattr(Task, "elapsed", property(lambda self: 10.0 * self.global_step))
+    run = train(small(epochs=50, max_time="300s"))
+    weights = (run / "weights.safetensors").read_bytes()
+    (run / "result.json").unlink()
+    assert train(resume=run) == run
+    assert len(rows(run)) >= 3
+    assert (run / "result.json").exists()
+    assert weights
+
+
+def test_a_last_batch_of_one_is_merged_into_the_one_before(small):
+    # 719 samples: batches of 359 and 360.
+    run = train(small(epochs=1, batch_size=359))
+    assert int(rows(run)[0]["step"]) == 2
+
+
+def test_the_callers_generator_is_left_alone(small):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(small(epochs=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_relative_path_is_kept_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("x,target\n" + "0.1,a\n0.9,b\n" * 30)
+    arguments = ["train", "--data", "a.csv", "--epochs", "1", "--no-report"]
+    assert cli.main([*arguments, "--batch-size", "8", "--name", "my run"]) == 0
+    run = tmp_path / "runs" / "my run"
+    assert yaml.safe_load((run / "options.yaml").read_text())["data"] == str(tmp_path / "a.csv")
+    command = json.loads((run / "result.json").read_text())["command"]
+    assert command == "normdrop train --config 'runs/my run/options.yaml'"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert evaluate.evaluate(run)["count"] == 12
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(small):
     with pytest.raises(UserError, match="The loss is nan in epoch 1; train again with a lower"):
         train(small(learning_rate=1e20))

@@ -15,7 +15,7 @@ from normdrop import data
 from normdrop.errors import UserError
 from normdrop.files import write_text
 from normdrop.training.measure import count_parameters, machine, measure, predict_batches
-from normdrop.training.runs import check_same_data, load_data, read_options
+from normdrop.training.runs import check_same_data, command_to_repeat, load_data, read_options
 from normdrop.training.weights import load_network, save_tensors
 
 __all__ = ["evaluate", "finish"]
@@ -78,7 +78,7 @@ def finish(
         "train_seconds": train_seconds,
         "parameters": count_parameters(network),
         "machine": machine(),
-        "command": f"normdrop train --config {folder / 'options.yaml'}",
+        "command": command_to_repeat(folder),
     }
     # Last of all: a folder with result.json is a finished run.
     _write_json(folder / "result.json", result)

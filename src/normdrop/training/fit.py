@@ -26,7 +26,9 @@ from normdrop.training.recipes import resolve, resolve_data
 from normdrop.training.runs import (
     cannot_write,
     check_same_data,
+    command_to_resume,
     load_data,
+    located,
     network_options,
     new_folder,
     resumed_options,
@@ -71,7 +73,7 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
         if options.run.threads:
             torch.set_num_threads(options.run.threads)
         if resume is None:
-            chosen = resolve_data(options.data, name=load_data(options).name)
+            chosen = resolve_data(located(options.data), name=load_data(options).name)
             options = replace(options, data=chosen)
         datamodule = load_data(options)
         datamodule.setup()
@@ -90,6 +92,8 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
         _announce(folder, options, network, datamodule)
         try:
             _fit(folder, options, network, datamodule)
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise cannot_write(error, folder) from error
         return folder
@@ -111,7 +115,8 @@ def _fit(
     folder: Path, options: Options, network: torch.nn.Module, datamodule: data.DataModule
 ) -> None:
     limit = seconds(options.run.max_time) if options.run.max_time else None
-    task = Task(network, options.recipe, seed=options.run.seed, limit=limit)
+    chosen = options.run
+    task = Task(network, options.recipe, seed=chosen.seed, limit=limit, threads=chosen.threads)
     record = Record(folder)
     begin = record.last if record.last.exists() else None
     steps = load_checkpoint(begin, network)["global_step"] if begin else 0
@@ -161,7 +166,7 @@ def _fit_or_stop(
         signal.signal(signal.SIGINT, handler)
         whole = Record(folder).last.exists()
         kept = "the last whole epoch is kept" if whole else "no epoch was whole yet"
-        raise Stopped(f"Stopped; {kept}. Go on with: normdrop train --resume {folder}") from error
+        raise Stopped(f"Stopped; {kept}. Go on with: {command_to_resume(folder)}") from error
     except torch.multiprocessing.ProcessRaisedException as error:
         # Another process can send only the text of what it raised.
         if match := re.search(r"^normdrop\.errors\.UserError: (.*)$", str(error), re.MULTILINE):
@@ -179,7 +184,9 @@ def _announce(
         f"{sizes['test']:,} test samples of {shape}, {len(datamodule.classes)} classes"
     )
     if datamodule.skipped:
-        say(f"{len(datamodule.skipped)} images could not be read and are left out:")
+        one = len(datamodule.skipped) == 1
+        what = "1 image" if one else f"{len(datamodule.skipped)} images"
+        say(f"{what} could not be read and {'is' if one else 'are'} left out:")
         for path, reason in datamodule.skipped:
             say(f"  {path} ({reason})")
     say(
@@ -193,9 +200,9 @@ def _announce(
 
 @contextlib.contextmanager
 def _kept_settings() -> Iterator[None]:
-    """Silence Lightning for a while, and leave warnings and threads as they were."""
+    """Silence Lightning for a while; leave warnings, threads and torch's generator as they were."""
     threads = torch.get_num_threads()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         silence()
         try:
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ import yaml
 
 import normdrop
 from normdrop import data
+from normdrop.data.sources import SOURCES
 from normdrop.errors import UserError
 from normdrop.files import write_text
-from normdrop.training.options import Options
+from normdrop.training.options import DataOptions, Options
 
 __all__ = [
     "cannot_write",
     "check_same_data",
+    "command_to_repeat",
+    "command_to_resume",
     "load_data",
+    "located",
     "network_options",
     "new_folder",
     "read_options",
@@ -43,6 +48,26 @@ def load_data(options: Options) -> data.DataModule:
         augment=_augmentation(augment),
         **chosen,
     )
+
+
+def located(chosen: DataOptions) -> DataOptions:
+    """The same options with whole paths, so that they hold in every folder."""
+    whole = {
+        name: str(Path(value).expanduser().resolve())
+        for name in ("data", "folder")
+        if (value := getattr(chosen, name)) and value not in SOURCES and Path(value).exists()
+    }
+    return replace(chosen, **whole)
+
+
+def command_to_resume(folder: Path) -> str:
+    """What to type to go on with a run."""
+    return f"normdrop train --resume {shlex.quote(str(folder))}"
+
+
+def command_to_repeat(folder: Path) -> str:
+    """What to type to run a run again."""
+    return f"normdrop train --config {shlex.quote(str(folder / 'options.yaml'))}"
 
 
 def _augmentation(text: str | None) -> bool | list[str] | None:
@@ -129,8 +154,7 @@ def resumed_options(folder: Path, given: Options) -> Options:
     kept = read_options(folder)
     if (folder / "result.json").exists():
         raise UserError(
-            f"The run {folder} is finished; train again with: "
-            f"normdrop train --config {folder / 'options.yaml'}"
+            f"The run {folder} is finished; train again with: {command_to_repeat(folder)}"
         )
     default, now, then = Options().flat(), given.flat(), kept.flat()
     free = {"max_time", "name", "runs_dir", "report"}
@@ -162,7 +186,10 @@ def read_options(folder: Path) -> Options:
     if not isinstance(values, dict):
         raise UserError(f"Expected {path} to hold options, but it holds {values!r:.60}")
     options = Options.from_flat(values)
-    options.check()
+    try:
+        options.check()
+    except TypeError as error:
+        raise UserError(f"An option in {path} has the wrong type: {error}") from error
     return options
 
 
@@ -187,7 +214,7 @@ def check_same_data(folder: Path, datamodule: data.DataModule) -> None:
     then = read_run(folder)["digest"]
     if then != datamodule.digest:
         raise UserError(
-            f"The data changed since the run {folder} was started, so it cannot go on; "
+            f"The data changed since the run {folder} was started; "
             "bring the old data back, or start a new run"
         )
 
@@ -197,9 +224,6 @@ def cannot_write(error: OSError, folder: Path) -> UserError:
     whole = (folder / "checkpoints" / "last.ckpt").exists()
     return UserError(
         f"Cannot write to {folder} ({error.strerror or error}); make room or allow writing there, "
-        + (
-            f"then go on from the last whole epoch with: normdrop train --resume {folder}"
-            if whole
-            else f"then start again with: normdrop train --resume {folder}"
-        )
+        f"then {'go on from the last whole epoch' if whole else 'start again'} with: "
+        f"{command_to_resume(folder)}"
     )

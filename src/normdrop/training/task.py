@@ -69,6 +69,7 @@ class Task(pl.LightningModule):
         recipe: a recipe without gaps; see :func:`normdrop.training.recipes.resolve`.
         seed: of the run.
         limit: seconds after which the training stops; the learning rate is zero by then.
+        threads: of every process; None leaves them as they are.
     """
 
     def __init__(
@@ -78,12 +79,14 @@ class Task(pl.LightningModule):
         *,
         seed: int = 0,
         limit: float | None = None,
+        threads: int | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.recipe = recipe
         self.seed = seed
         self.limit = limit
+        self.threads = threads
         self.row: dict[str, float] = {}
         self.averaged: dict[str, Tensor] = {}
         self.seconds_before = 0.0
@@ -130,6 +133,11 @@ class Task(pl.LightningModule):
             elapsed = self.trainer.strategy.broadcast(elapsed)
             share = max(share, float(elapsed) / self.limit)
         return share
+
+    def setup(self, stage: str) -> None:
+        """Set the threads, in every process."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
 
     def on_train_start(self) -> None:
         """Start the clock."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from normdrop import networks
 from normdrop.errors import UserError
 from normdrop.files import write_atomically
-from normdrop.training.runs import read_run
+from normdrop.training.runs import command_to_resume, read_run
 
 __all__ = ["best_weights", "load_checkpoint", "load_network", "save_tensors", "with_weights"]
 
@@ -39,7 +39,7 @@ def load_network(folder: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
     path = folder / "weights.safetensors"
     if not path.exists():
         raise UserError(
-            f"The run {folder} has no weights yet; finish it with: normdrop train --resume {folder}"
+            f"The run {folder} has no weights yet; finish it with: {command_to_resume(folder)}"
         )
     network = networks.build(
         run["network"]["name"],
