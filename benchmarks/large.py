@@ -1,0 +1,186 @@
+"""More than 2³¹ elements: whether any index of the kernels is too narrow.
+
+A check rather than a measurement. Samples are chunks of noise, each scaled by another factor, so
+that an index that wraps around meets other values. Results are compared, chunk by chunk around the
+2³¹st element and at the end, with the equations in float64; dropout's mask with the reference's.
+Needs about 14 GB for 2³¹ bfloat16 elements; says so and ends where there is less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import runner
+from normdrop import functional
+from normdrop.ops import reference
+
+COLUMNS = ("check", "layout", "dtype", "elements", "seconds", "largest_error", "bound", "holds")
+KEYS = COLUMNS[:4]
+
+CHANNELS, SIDE = 64, 32
+SAMPLE = CHANNELS * SIDE * SIDE
+CHUNK = 256
+"""Samples that are compared at once."""
+
+ROUNDING = 2.0**-8
+"""bfloat16 has 8 bits: a rounding is at most this part of the value."""
+
+
+def noise(samples: int, layout: str, seed: int) -> Tensor:
+    """(N, C, H, W) in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(min(CHUNK, samples), CHANNELS, SIDE, SIDE, generator=generator)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x = torch.empty(samples, CHANNELS, SIDE, SIDE, dtype=torch.bfloat16).to(
+        memory_format=memory_format
+    )
+    for i, chunk in enumerate(x.split(CHUNK)):
+        chunk.copy_(base[: len(chunk)] * (1 + i * CHUNK / samples) + 0.25)
+    return x
+
+
+def compared(samples: int) -> list[slice]:
+    """The first samples, those around the 2³¹st element, and the last."""
+    middle = 2**31 // SAMPLE
+    starts = {0, max(0, samples - CHUNK)}
+    if samples > middle:
+        starts.add(middle - CHUNK // 2)
+    return [slice(start, start + CHUNK) for start in sorted(starts)]
+
+
+def check_batch_norm(samples: int, layout: str) -> tuple[float, float]:
+    """Seconds of forward and backward, and the largest error in roundings."""
+    x = noise(samples, layout, 0)
+    g = noise(samples, layout, 1)
+    per_channel = (0, 2, 3)
+
+    def over_chunks(term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        pairs = zip(x.detach().split(CHUNK), g.split(CHUNK), strict=True)
+        return sum(
+            (term(a.double(), b.double()).sum(per_channel) for a, b in pairs),
+            start=torch.zeros(CHANNELS, dtype=torch.float64),
+        )
+
+    def wide(vector: Tensor) -> Tensor:
+        return vector.view(1, -1, 1, 1)
+
+    count = samples * SIDE * SIDE
+    mean = over_chunks(lambda a, b: a) / count
+    var = over_chunks(lambda a, b: (a - wide(mean)).square()) / count
+    invstd = (var + 1e-5).rsqrt()
+    mean_g = over_chunks(lambda a, b: b) / count
+    mean_gx = over_chunks(lambda a, b: b * (a - wide(mean))) / count
+
+    x.requires_grad_()
+    start = perf_counter()
+    y = functional.batch_norm(x, None, None, training=True)
+    seconds = perf_counter() - start
+    errors = [
+        _error(y.detach()[part], (x.detach()[part].double() - wide(mean)) * wide(invstd))
+        for part in compared(samples)
+    ]
+    start = perf_counter()
+    (grad_x,) = torch.autograd.grad(y, x, g)
+    seconds += perf_counter() - start
+    for part in compared(samples):
+        d = x.detach()[part].double() - wide(mean)
+        slope = wide(mean_gx) * wide(invstd).square()
+        truth = wide(invstd) * (g[part].double() - wide(mean_g) - d * slope)
+        errors.append(_error(grad_x[part], truth))
+    return seconds, max(errors)
+
+
+def check_dropout(samples: int, layout: str) -> tuple[float, float]:
+    """Seconds of forward, in place, and the number of wrong elements."""
+    x = noise(samples, layout, 0).fill_(1.0)
+    start = perf_counter()
+    functional.dropout(x, keep=0.75, seed=1, scaling="test", inplace=True)
+    seconds = perf_counter() - start
+    wrong = 0
+    for part in compared(samples):
+        mask = reference.keep_mask_of_threshold(
+            tuple(x[part].shape),
+            reference.keep_threshold(0.75),
+            torch.tensor(1),
+            part.start,
+        )
+        wrong += int((x[part] != mask.to(x.dtype)).sum())
+    return seconds, float(wrong)
+
+
+def _error(result: Tensor, truth: Tensor) -> float:
+    """The largest error, in roundings of bfloat16."""
+    scale = truth.abs().clamp(min=1e-2) * ROUNDING
+    return float(((result.double() - truth).abs() / scale).max())
+
+
+CHECKS: tuple[tuple[str, Any, float], ...] = (
+    ("dropout, wrong elements", check_dropout, 0.0),
+    ("batch_norm, roundings", check_batch_norm, 1.1),
+)
+
+
+def available_memory() -> float:
+    """Bytes, or infinity where the system does not say."""
+    info = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text()) if info.exists() else None
+    return int(found[1]) * 1024 if found else float("inf")
+
+
+def rows(options: argparse.Namespace, samples: int) -> Iterator[runner.Row]:
+    for name, check, bound in CHECKS:
+        for layout in ("contiguous", "channels_last"):
+            label = f"{name} {layout}"
+            if not re.search(options.filter, label):
+                continue
+            tensors = 1 if check is check_dropout else 4
+            needed = tensors * samples * SAMPLE * 2 + 2e9 * (not options.quick)
+            if needed > available_memory():
+                print(
+                    f"  {label}: left out, it needs {needed / 1e9:.0f} GB "
+                    f"and {available_memory() / 1e9:.0f} GB are free"
+                )
+                continue
+            seconds, error = check(samples, layout)
+            yield {
+                "check": name,
+                "layout": layout,
+                "dtype": "bfloat16",
+                "elements": samples * SAMPLE,
+                "seconds": seconds,
+                "largest_error": error,
+                "bound": bound,
+                "holds": str(error <= bound),
+            }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = runner.parse("Check the kernels on more than 2³¹ elements.", argv)
+    runner.print_machine()
+    samples = 2 if options.quick else 2**31 // SAMPLE + CHUNK
+    found = []
+    for row in rows(options, samples):
+        print(
+            f"  {row['check']:26}{row['layout']:14}{row['elements']:>12} elements "
+            f"{row['seconds']:8.2f} s   largest {row['largest_error']:.3g}, "
+            f"at most {row['bound']:g}: {'holds' if row['holds'] == 'True' else 'FAILS'}",
+            flush=True,
+        )
+        found.append(row)
+    path = options.output / "large.csv"
+    runner.merge(path, found, COLUMNS, KEYS)
+    print(f"\n{path}")
+    return 0 if all(row["holds"] == "True" for row in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

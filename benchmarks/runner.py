@@ -1,0 +1,285 @@
+"""The runner that all benchmarks share: providers side by side in one process, taken in turn.
+
+A provider is one way to do the same work. In every round each provider is measured once, in a new
+random order, so that whatever else the machine does meets all of them alike. What is reported is
+the median, the minimum and the quartiles of at least 30 rounds.
+
+The unit beside milliseconds is the cold copy: the time of ``y.copy_(x)`` for a tensor of the same
+size that is not in the cache. It moves two tensors, one read and one written; so the least that an
+operator must move, its floor, can be written in copies and does not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import random
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normdrop.files import write_atomically, write_text
+from normdrop.training.measure import machine
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+
+FORWARD, BOTH = "forward", "forward+backward"
+
+Measure = Callable[[int], dict[str, float]]
+"""Does the work that many times and gives, for each pass, the seconds of one time."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work, in one memory layout."""
+
+    name: str
+    layout: str
+    measure: Measure
+
+
+@dataclass
+class Samples:
+    """Seconds of each round, by pass."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, measured: dict[str, float]) -> None:
+        for name, value in measured.items():
+            self.seconds.setdefault(name, []).append(value)
+
+
+def autograd_measure(
+    forward: Callable[[], Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> Measure:
+    """Forward and backward as autograd runs them, the clock read between the two.
+
+    torch.autograd.grad runs the same engine as ``.backward(grad)`` and hands the gradients back
+    instead of adding them to ``.grad``, where a leaf sometimes takes a copy that no inner layer of
+    a network takes. Results are freed after the clock has stopped.
+    """
+
+    def measure(count: int) -> dict[str, float]:
+        ahead = whole = 0
+        for _ in range(count):
+            start = perf_counter_ns()
+            y = forward()
+            middle = perf_counter_ns()
+            grads = torch.autograd.grad(y, inputs, grad)
+            end = perf_counter_ns()
+            ahead += middle - start
+            whole += end - start
+            del y, grads
+        return {FORWARD: ahead / count * 1e-9, BOTH: whole / count * 1e-9}
+
+    return measure
+
+
+def forward_measure(forward: Callable[[], Any]) -> Measure:
+    """Forward alone."""
+
+    def measure(count: int) -> dict[str, float]:
+        total = 0
+        for _ in range(count):
+            start = perf_counter_ns()
+            y = forward()
+            total += perf_counter_ns() - start
+            del y
+        return {FORWARD: total / count * 1e-9}
+
+    return measure
+
+
+def run_in_turn(providers: Sequence[Provider], repeats: int) -> list[Samples]:
+    """Measure all providers once a round, in a new order each, after two rounds of warming up."""
+    order = random.Random(0)
+    counts = []
+    for provider in providers:
+        provider.measure(1)
+        seconds = max(provider.measure(1).values())
+        # A sample of a short call is the mean of so many calls that it lasts about 0.3 ms.
+        counts.append(max(1, min(100, round(3e-4 / max(seconds, 1e-9)))))
+    samples = [Samples() for _ in providers]
+    for _ in range(repeats):
+        for i in order.sample(range(len(providers)), len(providers)):
+            samples[i].add(providers[i].measure(counts[i]))
+    return samples
+
+
+def cold_copy_rate(repeats: int = 12, size: int = 32 * 64 * 56 * 56) -> float:
+    """Bytes a second of a tensor that is copied when neither it nor its copy is in the cache.
+
+    Three pairs of tensors are copied in turn, 154 MB in all, so each pair has left the cache when
+    its turn comes.
+    """
+    pairs = [(torch.ones(size), torch.ones(size)) for _ in range(3)]
+    seconds = []
+    for i in range(repeats):
+        x, y = pairs[i % 3]
+        start = perf_counter_ns()
+        y.copy_(x)
+        seconds.append((perf_counter_ns() - start) * 1e-9)
+    return 4 * size / statistics.median(seconds)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use that many threads, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, minimum and quartiles, in milliseconds."""
+    quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {
+        "median_ms": statistics.median(seconds) * 1e3,
+        "min_ms": min(seconds) * 1e3,
+        "p25": quartiles[0] * 1e3,
+        "p75": quartiles[2] * 1e3,
+    }
+
+
+# ---- The command line --------------------------------------------------------------------------
+
+
+def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The options that the benchmarks have in common."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument(
+        "--filter", metavar="REGEX", default="", help="measure only what matches, as printed"
+    )
+    result.add_argument("--repeats", type=int, default=40, help="rounds; at least 30 to publish")
+    result.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=sorted({1, torch.get_num_threads()}),
+        help="numbers of threads (default: 1 and all)",
+    )
+    result.add_argument(
+        "--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing"
+    )
+    result.add_argument(
+        "--output",
+        type=Path,
+        help="folder of results; rows of a CSV that is there are kept unless measured again "
+        "(default: benchmarks/results, or build/benchmarks with --quick)",
+    )
+    result.set_defaults(**defaults)
+    return result
+
+
+def parse(description: str, argv: Sequence[str] | None, **extra: str) -> argparse.Namespace:
+    """Read the command line; ``extra`` are switches and their help. Makes the output folder."""
+    given = parser(description)
+    for name, text in extra.items():
+        given.add_argument(f"--{name}", action="store_true", help=text)
+    options = given.parse_args(argv)
+    try:
+        re.compile(options.filter)
+    except re.error as error:
+        given.error(f"--filter: expected a regular expression, got {options.filter!r} ({error})")
+    if options.repeats < 2 or min(options.threads) < 1:
+        given.error("--repeats: expected at least 2, and --threads at least 1")
+    if options.quick:
+        options.repeats = min(options.repeats, 2)
+    if options.output is None:
+        options.output = ROOT / "build" / "benchmarks" if options.quick else RESULTS
+    options.output.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def print_machine() -> None:
+    facts = machine()
+    kernels = "compiled kernels" if facts["kernels"] else "no compiled kernels: plain PyTorch path"
+    print(
+        f"{facts['processor']}, {torch.backends.cpu.get_cpu_capability()}; "
+        f"torch {facts['torch']}, normdrop {facts['normdrop']}, {kernels}"
+    )
+
+
+# ---- Results -----------------------------------------------------------------------------------
+
+
+def machine_columns() -> dict[str, str]:
+    facts = machine()
+    return {"processor": facts["processor"], "torch": facts["torch"]}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV, numbers as numbers."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: list[Row] = list(csv.DictReader(file))
+    for row in rows:
+        for name, value in row.items():
+            with contextlib.suppress(ValueError):
+                row[name] = float(value) if re.search(r"[.e]|nan", value) else int(value)
+            if name in ("processor", "torch"):
+                row[name] = str(value)
+    return rows
+
+
+def merge(path: Path, new: Iterable[Row], columns: Sequence[str], keys: Sequence[str]) -> list[Row]:
+    """Put new rows into the CSV, in place of those with the same keys, and give all rows.
+
+    Rows of another processor or another torch are left out: a table is of one machine.
+    """
+    columns = [*columns, "processor", "torch"]
+    here = machine_columns()
+    rows = {
+        tuple(str(row[key]) for key in keys): row
+        for row in read_rows(path)
+        if set(columns) == set(row) and all(row[name] == value for name, value in here.items())
+    }
+    for row in new:
+        rows[tuple(str(row[key]) for key in keys)] = {**row, **here}
+    with write_atomically(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows.values():
+            writer.writerow({name: _rounded(row[name]) for name in columns})
+    return list(rows.values())
+
+
+def _rounded(value: Any) -> Any:
+    return f"{value:.5g}" if isinstance(value, float) and value == value else value
+
+
+def write_section(name: str, text: str, documents: Sequence[Path] = DOCUMENTS) -> None:
+    """Put text between ``<!-- benchmark:name -->`` and ``<!-- /benchmark:name -->``."""
+    begin, end = f"<!-- benchmark:{name} -->", f"<!-- /benchmark:{name} -->"
+    for document in documents:
+        if not document.exists():
+            continue
+        before = document.read_text(encoding="utf-8")
+        head, found, rest = before.partition(begin)
+        _, closed, tail = rest.partition(end)
+        if found and closed:
+            after = f"{head}{begin}\n{text.strip()}\n{end}{tail}"
+            if after != before:
+                write_text(document, after)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the first column is text, the others are numbers."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,183 @@
+"""Every benchmark runs at tiny sizes and writes its table; nothing is timed here."""
+
+import csv
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A function that imports a benchmark as it stands when run as a program."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def read(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_kernels_writes_rows_of_all_layouts_and_passes(script, tmp_path, capsys):
+    kernels = script("kernels")
+    arguments = ["--quick", "--threads", "1", "--output", str(tmp_path)]
+    assert kernels.main([*arguments, "--filter", "float32"]) == 0
+    rows = read(tmp_path / "kernels.csv")
+    assert set(rows[0]) == {*kernels.COLUMNS, "processor", "torch"}
+    assert {row["operator"] for row in rows} == set(kernels.TITLES)
+    for name, values in {
+        "provider": {"torch", "normdrop"},
+        "layout": {"contiguous", "channels_last"},
+        "pass": {"forward", "forward+backward"},
+    }.items():
+        assert {row[name] for row in rows} == values
+    for row in rows:
+        assert 0 < float(row["min_ms"]) <= float(row["p25"]) <= float(row["p75"])
+        assert float(row["ratio"]) == 1 or row["provider"] != "torch"
+    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in printed
+    assert "1 thread" in printed
+
+
+def test_kernels_keeps_rows_that_are_not_measured_again(script, tmp_path):
+    kernels = script("kernels")
+    arguments = ["--quick", "--threads", "1", "--output", str(tmp_path), "--filter"]
+    kernels.main([*arguments, "^dropout 4x3 float32"])
+    first = read(tmp_path / "kernels.csv")
+    kernels.main([*arguments, "^dropout 4x3 bfloat16"])
+    both = read(tmp_path / "kernels.csv")
+    assert both[: len(first)] == first
+    assert len(both) == 2 * len(first)
+    kernels.main([*arguments, "^dropout 4x3"])
+    assert len(read(tmp_path / "kernels.csv")) == len(both)
+
+
+def test_kernels_tables_hold_the_measured_figures(script, tmp_path):
+    kernels = script("kernels")
+    row = {
+        "operator": "batch_norm+relu",
+        "shape": "32x64x56x56",
+        "layout": "contiguous",
+        "dtype": "float32",
+        "threads": 2,
+        "pass": "forward+backward",
+        "copies": 9.0,
+        "floor_copies": 2.5,
+        "p25": 1.0,
+        "p75": 2.0,
+        "processor": "a processor",
+        "torch": "2.13.0",
+    }
+    rows = [
+        {**row, "provider": "torch", "median_ms": 16.0, "ratio": 1.0, "ratio_best": 1.0},
+        {**row, "provider": "normdrop", "median_ms": 6.4, "ratio": 2.5, "ratio_best": 2.0},
+    ]
+    assert "| BN+ReLU (32, 64, 56, 56) | 16.0 | 6.40 | 2.5 |" in kernels.headline(rows)
+    details = kernels.details(rows)
+    assert "### float32, 2 threads" in details
+    assert "| BN+ReLU | 32×64×56×56 | contiguous | forward + backward | 16.0 | 6.40 |" in details
+
+
+def test_kernels_filter_that_matches_nothing(script, tmp_path, capsys):
+    assert script("kernels").main(["--filter", "nothing", "--output", str(tmp_path)]) == 2
+    assert "matches no case" in capsys.readouterr().err
+
+
+def test_runner_leaves_out_rows_of_another_machine(script, tmp_path):
+    runner = script("runner")
+    path = tmp_path / "table.csv"
+    path.write_text("name,value,processor,torch\na,1,another,2.0\n")
+    rows = runner.merge(path, [{"name": "b", "value": 2}], ["name", "value"], ["name"])
+    assert [row["name"] for row in rows] == ["b"]
+    assert [row["name"] for row in read(path)] == ["b"]
+
+
+def test_runner_writes_between_markers(script, tmp_path):
+    runner = script("runner")
+    document = tmp_path / "page.md"
+    document.write_text("a\n<!-- benchmark:x -->\nold\n<!-- /benchmark:x -->\nb\n")
+    runner.write_section("x", "new", [document, tmp_path / "missing.md"])
+    assert document.read_text() == "a\n<!-- benchmark:x -->\nnew\n<!-- /benchmark:x -->\nb\n"
+    runner.write_section("y", "no such marker", [document])
+    assert "no such marker" not in document.read_text()
+
+
+def test_runner_takes_providers_in_turn(script):
+    runner = script("runner")
+    calls = []
+
+    def provider(name):
+        def measure(count):
+            calls.append(name)
+            return {"forward": 1.0}
+
+        return runner.Provider(name, "contiguous", measure)
+
+    samples = runner.run_in_turn([provider("a"), provider("b")], repeats=10)
+    rounds = [set(calls[i : i + 2]) for i in range(4, len(calls), 2)]
+    assert rounds == [{"a", "b"}] * 10
+    assert [len(sample.seconds["forward"]) for sample in samples] == [10, 10]
+
+
+def test_memory_counts_what_is_kept(script, tmp_path):
+    memory = script("memory")
+    assert memory.main(["--quick", "--output", str(tmp_path)]) == 0
+    rows = read(tmp_path / "memory.csv")
+    assert set(rows[0]) == {*memory.COLUMNS, "processor", "torch"}
+    kept = {
+        (row["work"], row["provider"]): int(row["bytes"])
+        for row in rows
+        if row["dtype"] == "float32"
+    }
+    elements = 2 * 3 * 4 * 4
+    # torch: x, the ReLU's result, dropout's scaled mask.
+    assert kept["BN+ReLU+dropout", "torch"] >= 3 * 4 * elements
+    assert {"ResNet-8"} == {work for work, _ in kept if work.startswith("ResNet")}
+
+
+def test_memory_of_a_large_layer_is_the_input(script):
+    memory = script("memory")
+    kept = {
+        (row["work"], row["provider"]): row["bytes_per_element"]
+        for row in memory.layer_rows((8, 16, 32, 32))
+        if row["dtype"] == "float32"
+    }
+    assert kept["BN+ReLU", "torch"] == pytest.approx(8, abs=0.1)
+    assert kept["BN+ReLU+dropout", "torch"] == pytest.approx(12, abs=0.1)
+    if not script("normdrop").has_kernels():
+        return
+    assert kept["BN+ReLU", "normdrop"] == pytest.approx(4, abs=0.1)
+    assert kept["BN+ReLU+dropout", "normdrop"] == pytest.approx(4, abs=0.1)
+    assert kept["BN+add+ReLU", "normdrop"] == pytest.approx(4 + 1 / 8, abs=0.1)
+    assert kept["dropout", "normdrop"] == pytest.approx(0, abs=0.1)
+
+
+def test_peers_runs_without_them(script, tmp_path, monkeypatch):
+    peers = script("peers")
+    monkeypatch.setattr(peers, "providers", lambda case: [])
+    arguments = ["--quick", "--threads", "1", "--filter", "^dropout 4x3"]
+    assert peers.main([*arguments, "--output", str(tmp_path)]) == 0
+    rows = read(tmp_path / "peers.csv")
+    assert {row["provider"] for row in rows} == {"torch", "normdrop"}
+
+
+def test_large_holds_at_small_sizes(script, tmp_path, capsys):
+    large = script("large")
+    assert large.main(["--quick", "--output", str(tmp_path)]) == 0
+    rows = read(tmp_path / "large.csv")
+    assert set(rows[0]) == {*large.COLUMNS, "processor", "torch"}
+    assert len(rows) == 4
+    assert {row["holds"] for row in rows} == {"True"}
+
+
+def test_large_says_what_it_leaves_out(script, tmp_path, monkeypatch, capsys):
+    large = script("large")
+    monkeypatch.setattr(large, "available_memory", lambda: 1000.0)
+    assert large.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert "left out, it needs" in capsys.readouterr().out
+    assert read(tmp_path / "large.csv") == []
