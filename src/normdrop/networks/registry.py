@@ -14,7 +14,7 @@ from normdrop.errors import UserError
 from normdrop.networks.layers import check_count, check_image
 from normdrop.networks.mlp import mlp
 from normdrop.networks.resnet import resnet
-from normdrop.networks.vgg import vgg
+from normdrop.networks.vgg import VGG, vgg
 from normdrop.networks.wide_resnet import wide_resnet
 
 __all__ = ["available", "build", "options"]
@@ -111,15 +111,14 @@ def build(
             f"{name} takes images, (channels, height, width), but the input has the shape {shape}; "
             'for a table use "mlp"'
         )
-    if family.factory is vgg and match.group(2):
-        if options.get("norm", True) is False:
+    if family.factory is vgg:
+        # Beforehand, since VGG's weights take seconds to draw.
+        check_image(shape, VGG.least_size, name)
+        if match.group(2) and options.get("norm", True) is False:
             raise UserError(f"{name} is the normalized network; for norm=False use {name[:-3]}")
-        numbers = [int(match.group(1))]
-    else:
-        numbers = [int(number) for number in match.groups() if number]
+    numbers = [int(number) for number in match.groups() if number and number.isdecimal()]
     network = family.factory(*numbers, classes, in_channels=shape[0], **options)
-    least = getattr(network, "least_size", 1)
-    check_image(shape, least, name)
+    check_image(shape, getattr(network, "least_size", 1), name)
     return network
 
 
