@@ -70,8 +70,6 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
     with _kept_settings():
         if resume is not None:
             options = resumed_options(Path(resume), options)
-        if options.run.threads:
-            torch.set_num_threads(options.run.threads)
         if resume is None:
             chosen = resolve_data(located(options.data), name=load_data(options).name)
             options = replace(options, data=chosen)
@@ -81,6 +79,8 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
             shape = datamodule.input_shape
             options = resolve(options, name=datamodule.name, input_shape=shape)
             datamodule.batch_size = cast(int, options.recipe.batch_size)
+        if options.run.threads:
+            torch.set_num_threads(options.run.threads)
         torch.manual_seed(step_seed(options.run.seed, -1))
         network = _build(options, datamodule)
         if resume is None:

@@ -50,6 +50,8 @@ DATA: dict[str, dict[str, Any]] = {
         "learning_rate": 0.2,
         "label_smoothing": 0.02,
         "keep_hidden": 0.9,
+        # Steps of 20 ms: a second thread gains little, and costs much where the cores are busy.
+        "threads": 1,
     },
     "fashion-mnist": {
         "model": "resnet8",

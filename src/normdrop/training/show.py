@@ -73,6 +73,8 @@ def _confusion(result: dict[str, Any]) -> Table:
 
 def describe(run: Path | None, *, model: str, size: str, classes: int | None) -> None:
     """Print a network's layers."""
+    import torch
+
     import normdrop
     from normdrop import networks
 
@@ -81,18 +83,21 @@ def describe(run: Path | None, *, model: str, size: str, classes: int | None) ->
 
         record = read_run(run)["network"]
         shape = tuple(record["input_shape"])
-        network = networks.build(
-            record["name"],
-            classes=len(record["classes"]),
-            input_shape=shape,
-            **record["options"],
-        )
+        with torch.device("meta"):
+            network = networks.build(
+                record["name"],
+                classes=len(record["classes"]),
+                input_shape=shape,
+                **record["options"],
+            )
         print(normdrop.describe(network, _channels_last(shape)))
         return
     numbers = parse_size(size)
     shape = (numbers[2], *numbers[:2]) if len(numbers) == 3 else numbers
     count = classes or (1000 if len(numbers) == 3 and min(numbers[:2]) >= 224 else 10)
-    network = networks.build(model, classes=count, input_shape=shape)
+    # On the meta device nothing is drawn or computed; the figures are the CPU's.
+    with torch.device("meta"):
+        network = networks.build(model, classes=count, input_shape=shape)
     print(normdrop.describe(network, numbers))
 
 
