@@ -82,8 +82,9 @@ def test_describe_accuracy_warnings(run, train, val, sign):
         ([0.1, 0.09, 0.08], "starts at 0.1 and ends at 0.08", True),
         ([0.1, 0.1, 0.1], "is 0.1 in every epoch", False),
         ([0.1], "is 0.1 in the only epoch", False),
+        ([0.1, 0.2], "rises to 0.2 in epoch 2, the last one recorded", False),
     ],
-    ids=["warm-up", "cut-off", "constant", "one"],
+    ids=["warm-up", "cut-off", "constant", "one", "rising"],
 )
 def test_describe_learning_rate_warnings(run, rate, seen, warning):
     sentence = sentences.describe_learning_rate(with_metrics(run, learning_rate=rate))

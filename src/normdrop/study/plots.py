@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from normdrop.files import write_atomically
 from normdrop.study.layer_sentences import dead_channels
 from normdrop.study.run_folder import RunFolder
-from normdrop.study.wording import probability
+from normdrop.study.wording import power_of_ten, probability
 
 __all__ = ["BLUE", "GRID", "INK", "MUTED", "ORANGE", "figures", "save_all", "save_png", "style"]
 
@@ -182,10 +182,19 @@ def _legend(axes: Axes, handles: list[Any] | None = None) -> None:
     )
 
 
+def _plain(value: float, _: int | None = None) -> str:
+    return f"{value:g}"
+
+
+def _decade(value: float, _: int | None = None) -> str:
+    exponent = round(np.log10(value))
+    return f"{value:g}" if -4 < exponent < 4 else power_of_ten(exponent)
+
+
 def _log_scale(axes: Axes, ratio: float) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_decade if ratio >= 1000 else _plain))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -362,9 +362,9 @@ def _norm_rows(layers: tuple[NormLayer, ...]) -> list[dict[str, Any]]:
             parts.append(
                 {
                     "path": page_pictures.histogram(values),
-                    "low": number(finite.min()) if len(finite) else "–",
+                    "low": number(finite.min(), 2) if len(finite) else "–",
                     "median": number(np.median(finite)) if len(finite) else "–",
-                    "high": number(finite.max()) if len(finite) else "–",
+                    "high": number(finite.max(), 2) if len(finite) else "–",
                 }
             )
         dead = layer_sentences.dead_channels(layer).tolist()

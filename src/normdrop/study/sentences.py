@@ -120,7 +120,8 @@ def describe_loss(run: RunFolder) -> Sentence:
     return Sentence(
         seen,
         "A warning sign would be a validation loss that rises for several epochs while the "
-        "training loss falls; at the end of this run it does not.",
+        f"training loss falls; {'at the end of this run' if run.result else 'so far'} "
+        "it does not.",
     )
 
 
@@ -167,7 +168,7 @@ def describe_accuracy(run: RunFolder) -> Sentence:
     return Sentence(
         seen,
         "A warning sign would be a training accuracy more than 10 points above the validation "
-        "accuracy; this run ends without one.",
+        f"accuracy; {'this run ends' if run.result else 'so far this run is'} without one.",
     )
 
 
@@ -193,7 +194,11 @@ def describe_learning_rate(run: RunFolder) -> Sentence:
         )
     peak = f"rises to {option(rate[top])} in epoch {epoch[top]}"
     start = f"starts at {option(rate[top])}"
-    seen = f"The learning rate {peak if top > 0 else start} and ends at {option(rate[-1])}."
+    seen = f"The learning rate {peak if top > 0 else start}"
+    if top == len(rate) - 1:
+        seen += ", the last one recorded."
+    else:
+        seen += f" and ends at {option(rate[-1])}."
     if run.result is not None and len(rate) >= 3 and rate[-1] > 0.5 * rate[top]:
         return Sentence(
             seen,

@@ -14,6 +14,7 @@ __all__ = [
     "number",
     "option",
     "percent",
+    "power_of_ten",
     "probability",
     "times",
 ]
@@ -32,25 +33,33 @@ class Sentence:
     warning: bool = False
 
 
-def number(value: float) -> str:
-    """Three significant digits, with a power of ten only where they would be long without.
+def number(value: float, digits: int = 3) -> str:
+    """A few significant digits, with a power of ten only where they would be long without.
 
     Example:
         >>> number(0.123456), number(1234567.0), number(-0.00001234), number(0.0)
         ('0.123', '1,230,000', '−1.23×10⁻⁵', '0')
+        >>> number(0.123456, digits=2)
+        '0.12'
     """
     value = float(value)
     if not np.isfinite(value):
         return "not a number" if np.isnan(value) else ("∞" if value > 0 else "−∞")
     if value == 0:
         return "0"
-    mantissa, _, power = f"{value:.2e}".partition("e")
+    rounded = f"{value:.{digits - 1}e}"
+    mantissa, _, power = rounded.partition("e")
     exponent = int(power)
     if -4 <= exponent < 7:
-        text = f"{float(f'{value:.2e}'):,.{max(0, 2 - exponent)}f}"
+        text = f"{float(rounded):,.{max(0, digits - 1 - exponent)}f}"
     else:
-        text = f"{mantissa}×10{str(exponent).translate(_SUPERSCRIPT)}"
+        text = f"{mantissa}×{power_of_ten(exponent)}"
     return text.replace("-", "−")
+
+
+def power_of_ten(exponent: int) -> str:
+    """Ten to a whole power, as in 10⁻⁵."""
+    return f"10{str(exponent).translate(_SUPERSCRIPT)}"
 
 
 def option(value: float) -> str:
