@@ -30,13 +30,16 @@ def ratios(rows: Sequence[Row], path: Path, dtype: str = "float32") -> None:
     threads = max((row["threads"] for row in rows), default=1)
     panels = [_panel_rows(rows, operator.name, dtype, threads) for operator in OPERATORS]
     heights = [max(len(panel), 1) for panel in panels]
-    figure = Figure(figsize=(8.0, 1.9 + 0.23 * sum(heights)), layout="constrained")
+    figure = Figure(figsize=(8.4, 1.9 + 0.23 * sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(
         len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": [h + 0.6 for h in heights]}
     )[:, 0]
     for axes, operator, panel in zip(all_axes, OPERATORS, panels, strict=True):
         _panel(axes, operator.title, panel)
+    for axes in all_axes[1:3]:
+        axes.sharex(all_axes[0])  # the three that normalize
+    all_axes[0].set_xlim(*_limits([row for panel in panels[:3] for row in panel]))
     all_axes[-1].set_xlabel("times faster than torch (logarithmic)")
     figure.suptitle(
         f"Forward + backward, {dtype}, {threads} thread{'s' if threads > 1 else ''}",
@@ -45,7 +48,7 @@ def ratios(rows: Sequence[Row], path: Path, dtype: str = "float32") -> None:
         fontsize=11,
         color=INK,
     )
-    figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     with write_atomically(path) as temporary:
         figure.savefig(temporary, dpi=160, format="png", metadata={"Software": None})
 
@@ -70,7 +73,7 @@ def _panel_rows(
         for extent in row["shape"].split("x"):
             size *= int(extent)
         limit = peer["copies"] / row["floor_copies"] if size > 1 << 16 else None
-        best = row["ratio_best"] if row["ratio_best"] != row["ratio"] else None
+        best = row["ratio_best"] if row["ratio_best"] < 0.97 * row["ratio"] else None
         label = row["shape"].replace("x", "×")
         if row["layout"] != "contiguous":
             label = "channels_last"
@@ -92,8 +95,7 @@ def _panel(axes: Axes, title: str, panel: Sequence[Any]) -> None:
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_ylim(len(panel) - 0.4, -0.6)
     axes.set_yticks(range(len(panel)), [row[0] for row in panel], fontsize=8)
-    values = [1.0, 2.0, *(v for row in panel for v in row[1:4] if v is not None)]
-    axes.set_xlim(min(values) * 0.9, max(values) * 1.1)
+    axes.set_xlim(*_limits(panel))
     axes.xaxis.set_major_locator(FixedLocator(list(TICKS)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -102,6 +104,11 @@ def _panel(axes: Axes, title: str, panel: Sequence[Any]) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
+
+
+def _limits(panel: Sequence[Any]) -> tuple[float, float]:
+    values = [1.0, 2.0, *(v for row in panel for v in row[1:4] if v is not None)]
+    return min(values) * 0.9, max(values) * 1.1
 
 
 def _legend() -> list[Line2D]:

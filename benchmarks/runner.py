@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import ctypes
 import random
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,8 +111,8 @@ def run_in_turn(providers: Sequence[Provider], repeats: int) -> list[Samples]:
     for provider in providers:
         provider.measure(1)
         seconds = max(provider.measure(1).values())
-        # A sample of a short call is the mean of so many calls that it lasts about 0.3 ms.
-        counts.append(max(1, min(100, round(3e-4 / max(seconds, 1e-9)))))
+        # A sample of a short call is the mean of so many calls that it lasts about 3 ms.
+        counts.append(max(1, min(200, round(3e-3 / max(seconds, 1e-9)))))
     samples = [Samples() for _ in providers]
     for _ in range(repeats):
         for i in order.sample(range(len(providers)), len(providers)):
@@ -132,6 +134,18 @@ def cold_copy_rate(repeats: int = 12, size: int = 32 * 64 * 56 * 56) -> float:
         y.copy_(x)
         seconds.append((perf_counter_ns() - start) * 1e-9)
     return 4 * size / statistics.median(seconds)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, instead of handing it back and fetching it page by page.
+
+    Otherwise the same call takes 7 or 13 ms, as the results of others happen to lie.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 @contextlib.contextmanager
@@ -203,6 +217,8 @@ def parse(description: str, argv: Sequence[str] | None, **extra: str) -> argpars
     if options.output is None:
         options.output = ROOT / "build" / "benchmarks" if options.quick else RESULTS
     options.output.mkdir(parents=True, exist_ok=True)
+    if not options.quick:
+        keep_freed_memory()
     return options
 
 
