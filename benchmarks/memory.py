@@ -75,7 +75,7 @@ def layer_rows(shape: operators.Shape) -> Iterator[runner.Row]:
 
 
 def network_rows(depth: int, shape: operators.Shape) -> Iterator[runner.Row]:
-    """The same network with torch's layers and with ours, and ours with the memory option."""
+    """The same network with ours and with torch's batch normalization."""
     x = torch.randn(shape)
     torch.manual_seed(0)
     network = networks.build(
@@ -83,18 +83,7 @@ def network_rows(depth: int, shape: operators.Shape) -> Iterator[runner.Row]:
     ).train()
     work = f"ResNet-{depth}"
     yield _row(work, shape, torch.float32, "normdrop", kept_bytes(network, x))
-    low = _with_low_memory(network)
-    if low is not None:
-        yield _row(work, shape, torch.float32, "normdrop, memory low", kept_bytes(low, x))
     yield _row(work, shape, torch.float32, "torch", kept_bytes(_TorchLayers(network), x))
-
-
-def _with_low_memory(network: torch.nn.Module) -> torch.nn.Module | None:
-    try:
-        from normdrop import convert
-    except ImportError:
-        return None
-    return convert(network, memory="low")
 
 
 class _TorchLayers(torch.nn.Module):
@@ -158,16 +147,10 @@ def table(rows: Sequence[runner.Row]) -> str:
         lines.append(
             [
                 f"{work} ({shape.replace('x', ', ')}), {dtype}",
-                *(
-                    _amount(found[name], work) if name in found else ""
-                    for name in ("torch", "normdrop", "normdrop, memory low")
-                ),
+                *(_amount(found[name], work) for name in ("torch", "normdrop")),
             ]
         )
-    header = ["kept for backward", "torch", "normdrop", "normdrop, memory low"]
-    if not any(line[3] for line in lines):
-        header, lines = header[:3], [line[:3] for line in lines]
-    return runner.markdown(header, lines)
+    return runner.markdown(["kept for backward", "torch", "normdrop"], lines)
 
 
 def _amount(row: runner.Row, work: str) -> str:
