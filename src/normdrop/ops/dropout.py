@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normdrop.ops import has_kernels, reference
-from normdrop.ops.random import make_seed
+from normdrop.ops.random import keep_mask, make_seed
 
 __all__ = ["alpha_dropout", "dropout", "make_seed"]
 
@@ -109,7 +109,7 @@ def _drop(x: Tensor, seed: Tensor, rule: Rule, inplace: bool = False) -> Tensor:
     if not _has_kernel(x):
         threshold, scale, shift, fill, sample_offset, shared_dims = rule
         shape = tuple(1 if d in shared_dims else size for d, size in enumerate(x.shape))
-        mask = reference.keep_mask_of_threshold(shape, threshold, seed, sample_offset)
+        mask = keep_mask(shape, threshold, seed, sample_offset)
         z = reference.dropout(x, mask, scale, shift, fill)
         return x.copy_(z) if inplace else z
     if torch.compiler.is_compiling():
@@ -145,7 +145,11 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _drop(grad, ctx.saved_tensors[0], _gradient_rule(ctx.rule)), None, None, None
+        (seed,) = ctx.saved_tensors
+        rule = _gradient_rule(ctx.rule)
+        if torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched=True
+            return torch.ops.normdrop.dropout.default(grad, seed, *rule), None, None, None
+        return _drop(grad, seed, rule), None, None, None
 
 
 def _fake(

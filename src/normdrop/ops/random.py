@@ -1,4 +1,4 @@
-"""Where the seed of a dropout mask comes from.
+"""Where the seed of a dropout mask comes from, and the mask as an operator in compiled graphs.
 
 A mask is a pure function of a 64-bit seed and the element's index. The seed is one number from
 torch's CPU generator, so ``torch.manual_seed``, ``torch.random.fork_rng`` and activation
@@ -8,10 +8,14 @@ in a compiled graph and in an exported one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["draw_seed", "make_seed"]
+from normdrop.ops import reference
+
+__all__ = ["draw_seed", "keep_mask", "make_seed"]
 
 _HIGH = 2**63 - 1
 
@@ -24,6 +28,11 @@ _library = torch.library.Library("normdrop", "FRAGMENT")
 _library.define(
     "draw_seed(Tensor after, Tensor fresh) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded,),
+)
+# The mask in plain PyTorch is an operator of its own in a graph: inductor would inline every word
+# into both of its uses in the next round, 2⁷ times the work.
+_library.define(
+    "keep_mask(SymInt[] shape, int threshold, Tensor seed, SymInt sample_offset) -> Tensor"
 )
 
 
@@ -39,15 +48,52 @@ def _(after: Tensor, fresh: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
+def _keep_mask(shape: list[int], threshold: int, seed: Tensor, sample_offset: int) -> Tensor:
+    # A copy, since a graph expects a tensor that begins where its storage does.
+    return reference.keep_mask_of_threshold(tuple(shape), threshold, seed, sample_offset).clone()
+
+
+_library.impl("keep_mask", _keep_mask, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("normdrop::keep_mask", lib=_library)
+def _(shape: list[int], threshold: int, seed: Tensor, sample_offset: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bool, device=seed.device)
+
+
+def _keep_mask_vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    shape: list[int],
+    threshold: int,
+    seed: Tensor,
+    sample_offset: int,
+) -> tuple[Tensor, int]:
+    seeds = seed.unbind(in_dims[2])
+    return torch.stack([keep_mask(tuple(shape), threshold, s, sample_offset) for s in seeds]), 0
+
+
+torch.library.register_vmap("normdrop::keep_mask", _keep_mask_vmap, lib=_library)
+
+
+def keep_mask(shape: tuple[int, ...], threshold: int, seed: Tensor, sample_offset: int) -> Tensor:
+    """See :func:`normdrop.ops.reference.keep_mask_of_threshold`."""
+    if torch.compiler.is_compiling():
+        mask: Tensor = torch.ops.normdrop.keep_mask(shape, threshold, seed, sample_offset)
+        return mask
+    return reference.keep_mask_of_threshold(shape, threshold, seed, sample_offset)
+
+
 def draw_seed(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """An int64 scalar tensor drawn from ``generator``, or from torch's CPU generator.
 
     Under ``torch.func.vmap`` the draw follows its ``randomness``: "same" draws one seed for all,
-    "different" one for each, "error" raises.
+    "different" one for each, "error" raises. (vmap in a compiled graph draws from inductor's
+    generator, so there the masks are not those of eager mode.)
     """
     if generator is not None:
         return torch.randint(_HIGH, (), generator=generator, device=generator.device)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         fresh = torch.empty((), device="cpu")
         seed: Tensor = torch.ops.normdrop.draw_seed(x.detach(), fresh)
         return seed
