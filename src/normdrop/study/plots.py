@@ -232,12 +232,12 @@ def _draw_accuracy(axes: Axes, run: RunFolder) -> None:
 
 def _draw_learning_rate(axes: Axes, run: RunFolder) -> None:
     _line(axes, run, "learning_rate", BLUE, "learning rate", "-")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.dataLim.ymax if axes.dataLim.ymax > 0 else 1)
 
 
 def _draw_speed(axes: Axes, run: RunFolder) -> None:
     _line(axes, run, "images_per_second", BLUE, "speed", "-")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.dataLim.ymax if axes.dataLim.ymax > 0 else 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
