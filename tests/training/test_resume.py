@@ -123,7 +123,9 @@ def test_a_run_killed_after_its_last_epoch_is_tested_on_resume(finished_run, tmp
     run = shutil.copytree(finished_run, tmp_path / "run")
     for name in ("result.json", "weights.safetensors", "evaluation.safetensors"):
         (run / name).unlink()
+    (run / "checkpoints" / ".last.ckpt.x7.part").write_text("half a checkpoint")
     assert_same_end(train(resume=run), finished_run)
+    assert not list(run.rglob("*.part"))
 
 
 def test_rows_after_the_checkpoint_are_forgotten(small, stop_at):

@@ -31,6 +31,7 @@ from normdrop.training.runs import (
     located,
     network_options,
     new_folder,
+    remove_parts,
     resumed_options,
     write_start,
 )
@@ -89,6 +90,7 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
         else:
             folder = Path(resume)
             check_same_data(folder, datamodule)
+            remove_parts(folder)
         _announce(folder, options, network, datamodule)
         try:
             _fit(folder, options, network, datamodule)
@@ -164,6 +166,9 @@ def _fit_or_stop(
         trainer.fit(task, datamodule=datamodule, ckpt_path=begin, weights_only=True)
     except (SystemExit, KeyboardInterrupt) as error:
         signal.signal(signal.SIGINT, handler)
+        if trainer.strategy.launcher is not None:
+            # The other processes would train on; what they write, they write whole.
+            trainer.strategy.launcher.kill(signal.SIGKILL)
         whole = Record(folder).last.exists()
         kept = "the last whole epoch is kept" if whole else "no epoch was whole yet"
         raise Stopped(f"Stopped; {kept}. Go on with: {command_to_resume(folder)}") from error

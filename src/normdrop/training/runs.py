@@ -31,6 +31,7 @@ __all__ = [
     "new_folder",
     "read_options",
     "read_run",
+    "remove_parts",
     "resumed_options",
     "write_start",
 ]
@@ -208,6 +209,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"Cannot read {path}: {error}; it was cut off or changed") from error
     return dict(run)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the temporary files of a run that was killed while it wrote."""
+    for part in folder.rglob(".*.part"):
+        part.unlink(missing_ok=True)
 
 
 def check_same_data(folder: Path, datamodule: data.DataModule) -> None:
