@@ -8,7 +8,8 @@
 //     the first, so that it begins with what is still in the cache. Where there are fewer channels
 //     than threads, the passes are separate tasks over blocks and rows, with the same sums.
 //   columns (inner = 1): a task is a chunk of rows; all partial sums are merged between the passes.
-//     Narrow matrices are folded: k rows of C channels are seen as one row of k*C, at least 64.
+//     Narrow matrices are folded: k rows of C channels are seen as one row of k*C, at least 512,
+//     so that what a row costs by itself does not count.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -117,31 +118,38 @@ class Constants {
  public:
   Constants(DataType type, int64_t channels, int64_t fold)
       : is_double_(type == kFloat64), channels_(channels), fold_(fold) {
-    values_.resize(static_cast<size_t>(kVectors * channels * fold * (is_double_ ? 2 : 1)));
+    // Every vector on a cache line's boundary, and not a power of two apart.
+    const int64_t length = channels * fold * (is_double_ ? 2 : 1);
+    stride_ = (length + 15) / 16 * 16 + 80;
+    storage_.reset(new float[static_cast<size_t>(kVectors * stride_ + 16)]);
+    values_ = storage_.get();
+    while (reinterpret_cast<uintptr_t>(values_) % 64 != 0) {
+      ++values_;
+    }
   }
 
   void set(int vector, int64_t c, double value) {
     for (int64_t f = 0; f < fold_; ++f) {
-      const int64_t i = (vector * fold_ + f) * channels_ + c;
+      float* start = values_ + vector * stride_;
+      const int64_t i = f * channels_ + c;
       if (is_double_) {
-        std::memcpy(values_.data() + 2 * i, &value, sizeof(double));
+        std::memcpy(start + 2 * i, &value, sizeof(double));
       } else {
-        values_[static_cast<size_t>(i)] = static_cast<float>(value);
+        start[i] = static_cast<float>(value);
       }
     }
   }
 
-  const void* vector(int vector) const {
-    return values_.data() + vector * fold_ * channels_ * (is_double_ ? 2 : 1);
-  }
+  const void* vector(int vector) const { return values_ + vector * stride_; }
 
   double round(double value) const { return is_double_ ? value : static_cast<float>(value); }
 
  private:
   static constexpr int kVectors = 6;
   bool is_double_;
-  int64_t channels_, fold_;
-  std::vector<float> values_;
+  int64_t channels_, fold_, stride_;
+  std::unique_ptr<float[]> storage_;
+  float* values_;
 };
 
 enum { kCenter, kScale, kShift, kGradScale, kGradSlope, kGradShift };
@@ -248,12 +256,12 @@ struct ColumnPlan {
 
   explicit ColumnPlan(const Layout& x) : fold(1) {
     // Whole bytes of `positive` a row: a multiple of 8.
-    while (fold * x.channels < 64 || fold * x.channels % 8 != 0) {
+    while (fold * x.channels < 512 || fold * x.channels % 8 != 0) {
       ++fold;
     }
     rows = x.outer / fold;
     rest = x.outer % fold;
-    chunk = std::max<int64_t>(rows >= 1024 ? 128 : 64, (rows + 63) / 64);
+    chunk = std::max<int64_t>(rows >= 1024 ? 128 : 64, (rows + 31) / 32);
     chunk = (chunk + 7) / 8 * 8;
     chunks = (rows + chunk - 1) / chunk;
   }
@@ -556,8 +564,8 @@ void backward_columns(const BatchNormArgs& args, const Layout& x, DataType type,
         total.g += parts.first(0)[i];
         total.gx += parts.second(0)[i];
       }
-      sums[c] = channels.set_backward(c, total, static_cast<double>(x.outer), args.training,
-                                      constants);
+      sums[c] =
+          channels.set_backward(c, total, static_cast<double>(x.outer), args.training, constants);
     }
   });
   if (!want_x) {

@@ -352,8 +352,8 @@ void normalize_rows(const BatchNormArgs& args, int64_t o0, int64_t o1, int64_t c
 }
 
 template <class T, bool kBent, bool kBits>
-NORMDROP_INLINE Gradient<T, kBent, kBits, Broadcast> row_gradient(const BatchNormArgs& args, int64_t o,
-                                                              int64_t c, int64_t i) {
+NORMDROP_INLINE Gradient<T, kBent, kBits, Broadcast> row_gradient(const BatchNormArgs& args,
+                                                                  int64_t o, int64_t c, int64_t i) {
   const int64_t row = o * args.channels + c;
   const int64_t at = row * args.inner + i;
   return {static_cast<const T*>(args.x) + at,
@@ -591,7 +591,8 @@ NORMDROP_INLINE uint64_t bits_at(const uint8_t* bytes, int64_t i, int64_t n) {
 
 // ---- Columns: inner = 1 ------------------------------------------------------------------------
 
-constexpr int64_t kRowGroup = 8;  // rows of a group, for which the columns' constants are held
+constexpr int64_t kRowGroup = 8;   // rows that are summed at once, the sums being in registers
+constexpr int64_t kFirstRows = 8;  // whose mean is the first shift
 
 template <class T>
 NORMDROP_INLINE Broadcast<T> held(const void* constants, int64_t c) {
@@ -608,12 +609,25 @@ NORMDROP_INLINE Constants<T> constants_from(const void* p, int64_t c) {
   }
 }
 
-// Row after row, with the constants loaded anew: they stay in the first-level cache. Going down
-// several rows with constants held in registers was 2 to 3 times slower: stores and prefetching
-// want one stream.
+// Calls visit(m) for the rows [m0, m1): the last 64 KiB first, since a pass before this one left
+// them in the cache, but ascending within, since that is what the processor prefetches.
+template <class T, class Visit>
+NORMDROP_INLINE void walk_columns(const BatchNormArgs& args, int64_t m0, int64_t m1,
+                                  const Visit& visit) {
+  const int64_t run = 65536 / (int64_t)sizeof(T) / args.channels + 1;
+  for (int64_t end = m1; end > m0; end -= run) {
+    for (int64_t m = end - run > m0 ? end - run : m0; m < end; ++m) {
+      visit(m);
+    }
+  }
+  stream_fence();
+}
+
+// Constants are loaded anew for every row: they stay in the first-level cache. Holding them in
+// registers over several rows was slower: stores and prefetching want one stream.
 template <class T, bool kBent, bool kResidual>
 void normalize_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
-  for (int64_t m = m1 - 1; m >= m0; --m) {
+  walk_columns<T>(args, m0, m1, [&](int64_t m) NORMDROP_LAMBDA {
     const int64_t at = m * args.channels;
     const Normalize<T, kBent, kResidual, Columns> work = {
         static_cast<const T*>(args.x) + at,
@@ -625,8 +639,7 @@ void normalize_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
         columns<T>(args.shift, 0),
         Bend<T>(args.slope)};
     work.span(args.channels, args.stream);
-  }
-  stream_fence();
+  });
 }
 
 template <class T, bool kBent, bool kBits, template <class> class Constants>
@@ -643,7 +656,7 @@ NORMDROP_INLINE Gradient<T, kBent, kBits, Constants> column_gradient(const Batch
 
 template <class T, bool kBent, bool kBits>
 void gradient_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
-  for (int64_t m = m1 - 1; m >= m0; --m) {
+  walk_columns<T>(args, m0, m1, [&](int64_t m) NORMDROP_LAMBDA {
     const int64_t at = m * args.channels;
     const GradientX<T, kBent, kBits, Columns> work = {
         column_gradient<T, kBent, kBits, Columns>(args, at, 0),
@@ -654,8 +667,7 @@ void gradient_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
         columns<T>(args.grad_shift, 0),
         args.training ? ~MaskOf<T>{} : MaskOf<T>{}};
     work.span(args.channels, args.stream);
-  }
-  stream_fence();
+  });
 }
 
 constexpr int64_t kStrip = 512;  // columns whose sums stay in the first-level cache
@@ -712,7 +724,7 @@ void statistics_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, doubl
         return load_first<T>(at, n);
       }
     };
-    const int64_t first_rows = min_of(kRowGroup, m1 - m0);
+    const int64_t first_rows = min_of(kFirstRows, m1 - m0);
     walk_strip<T>(count, [&](int64_t c, int64_t n, auto whole) NORMDROP_LAMBDA {
       V sum{};
       walk_group<false>(first_rows,
@@ -783,11 +795,10 @@ void gradient_sums_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, do
           const int64_t at = group * args.channels + strip + c;
           V s = load_vector<V>(block_g + c), q = load_vector<V>(block_gx + c), difference;
           if constexpr (kWhole) {
-            const auto source =
-                column_gradient<T, kBent, kBits, Broadcast>(args, at, strip + c);
+            const auto source = column_gradient<T, kBent, kBits, Broadcast>(args, at, strip + c);
             walk_group<true>(rows, [&](int64_t r) NORMDROP_LAMBDA {
               const uint64_t bits =
-                  bits_at<kBent && kBits>(args.positive, at + r * args.channels, W);
+                  bits_at < kBent && kBits > (args.positive, at + r * args.channels, W);
               const V value = source.whole(r * args.channels, bits, difference);
               s += value;
               q = fma(value, difference, q);
@@ -795,7 +806,7 @@ void gradient_sums_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, do
           } else {
             walk_group<false>(rows, [&](int64_t r) NORMDROP_LAMBDA {
               const int64_t row = at + r * args.channels;
-              const uint64_t bits = bits_at<kBent && kBits>(args.positive, row, n);
+              const uint64_t bits = bits_at < kBent && kBits > (args.positive, row, n);
               const V value = column_gradient<T, kBent, kBits, Columns>(args, row, strip + c)
                                   .partial(0, n, bits, difference);
               s += value;
@@ -841,19 +852,19 @@ void exact_statistics(const BatchNormArgs& args, int64_t c, Moments* result) {
 
 // ---- Entry points: choose the instance ---------------------------------------------------------
 
-#define NORMDROP_CHOOSE_NORMALIZE(function, ...)                                       \
-  if (args.slope == 1.0) {                                                             \
-    return args.residual != nullptr ? function<T, false, true>(args, __VA_ARGS__)      \
-                                    : function<T, false, false>(args, __VA_ARGS__);    \
-  }                                                                                    \
-  return args.residual != nullptr ? function<T, true, true>(args, __VA_ARGS__)         \
+#define NORMDROP_CHOOSE_NORMALIZE(function, ...)                                    \
+  if (args.slope == 1.0) {                                                          \
+    return args.residual != nullptr ? function<T, false, true>(args, __VA_ARGS__)   \
+                                    : function<T, false, false>(args, __VA_ARGS__); \
+  }                                                                                 \
+  return args.residual != nullptr ? function<T, true, true>(args, __VA_ARGS__)      \
                                   : function<T, true, false>(args, __VA_ARGS__);
 
-#define NORMDROP_CHOOSE_GRADIENT(function, ...)                                        \
-  if (args.slope == 1.0) {                                                             \
-    return function<T, false, false>(args, __VA_ARGS__);                               \
-  }                                                                                    \
-  return args.positive != nullptr ? function<T, true, true>(args, __VA_ARGS__)         \
+#define NORMDROP_CHOOSE_GRADIENT(function, ...)                                \
+  if (args.slope == 1.0) {                                                     \
+    return function<T, false, false>(args, __VA_ARGS__);                       \
+  }                                                                            \
+  return args.positive != nullptr ? function<T, true, true>(args, __VA_ARGS__) \
                                   : function<T, true, false>(args, __VA_ARGS__);
 
 template <class T>
