@@ -62,6 +62,7 @@ def parse(
         epilog=notes,
         formatter_class=Formatter,
         exit_on_error=False,
+        print_config=None,
     )
     groups, hints = _add_arguments(parser, command)
     if groups:

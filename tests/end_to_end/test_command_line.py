@@ -97,7 +97,7 @@ def test_a_terminal_shows_a_bar_with_loss_accuracy_and_speed(tmp_path):
     assert "━" in text
     bar = next(line for line in text.splitlines() if "━" in line and "accuracy" in line)
     assert "loss" in bar
-    assert "samples/s" in bar
+    assert "images/s" in bar
 
 
 def test_two_processes_share_every_batch(tmp_path):

@@ -108,6 +108,12 @@ def test_a_last_batch_of_one_is_merged_into_the_one_before(small):
     assert int(rows(run)[0]["step"]) == 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_gpu_that_is_not_there_is_named(small):
+    with pytest.raises(UserError, match="There is no GPU that torch can use"):
+        train(small(accelerator="gpu"))
+
+
 def test_the_callers_generator_is_left_alone(small):
     torch.manual_seed(5)
     before = torch.get_rng_state()

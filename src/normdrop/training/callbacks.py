@@ -136,11 +136,13 @@ class Display(pl.Callback):
     """A progress bar on a terminal, and a line an epoch everywhere.
 
     Args:
-        console: where to write; by default the standard output.
+        epochs: how many there will be.
+        unit: what a sample is called.
     """
 
-    def __init__(self, epochs: int) -> None:
+    def __init__(self, epochs: int, unit: str = "samples") -> None:
         self.epochs = epochs
+        self.unit = unit
         self._bar: Progress | None = None
         self._shown = 0.0
 
@@ -179,7 +181,7 @@ class Display(pl.Callback):
         self._bar.update(
             self._bar.task_ids[0],
             completed=trainer.fit_loop.epoch_loop.batch_progress.current.processed,
-            figures=figures(loss, accuracy, count / (now - self._begin)),
+            figures=self._figures(loss, accuracy, count / (now - self._begin)),
         )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -191,7 +193,7 @@ class Display(pl.Callback):
             width = len(str(self.epochs))
             say(
                 f"epoch {row['epoch']:{width}}/{self.epochs}  "
-                + figures(row["train_loss"], row["train_accuracy"], row["images_per_second"])
+                + self._figures(row["train_loss"], row["train_accuracy"], row["images_per_second"])
                 + f"  validation: loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}"
                 + f"  {row['seconds']:.1f} s"
             )
@@ -200,15 +202,13 @@ class Display(pl.Callback):
         """Take the bar away, so that a message stands on its own line."""
         self._stop()
 
+    def _figures(self, loss: float, accuracy: float, speed: float) -> str:
+        return f"loss {loss:.4f}  accuracy {accuracy:.2%}  {speed:,.0f} {self.unit}/s"
+
     def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def figures(loss: float, accuracy: float, speed: float) -> str:
-    """Loss, accuracy and speed as the terminal shows them."""
-    return f"loss {loss:.4f}  accuracy {accuracy:.2%}  {speed:,.0f} samples/s"
 
 
 def say(thing: Any) -> None:

@@ -15,13 +15,14 @@ from typing import cast
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from normdrop import data, networks
 from normdrop.errors import UserError
 from normdrop.training.callbacks import AtomicCheckpoints, Display, Record, say, silence
 from normdrop.training.evaluate import finish
 from normdrop.training.measure import count_parameters
-from normdrop.training.options import Options, seconds
+from normdrop.training.options import Options, RunOptions, seconds
 from normdrop.training.recipes import resolve, resolve_data
 from normdrop.training.runs import (
     cannot_write,
@@ -41,6 +42,7 @@ from normdrop.training.weights import best_weights, load_checkpoint, with_weight
 __all__ = ["Stopped", "train"]
 
 PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float64": "64-true"}
+UNITS = {"image": "images", "table": "rows"}
 
 
 class Stopped(KeyboardInterrupt):
@@ -68,6 +70,7 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
     """
     options = options or Options()
     options.check()
+    accelerator = _accelerator(options.run)
     with _kept_settings():
         if resume is not None:
             options = resumed_options(Path(resume), options)
@@ -93,7 +96,7 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
             remove_parts(folder)
         _announce(folder, options, network, datamodule)
         try:
-            _fit(folder, options, network, datamodule)
+            _fit(folder, options, network, datamodule, accelerator)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -114,7 +117,11 @@ def _build(options: Options, datamodule: data.DataModule) -> torch.nn.Module:
 
 
 def _fit(
-    folder: Path, options: Options, network: torch.nn.Module, datamodule: data.DataModule
+    folder: Path,
+    options: Options,
+    network: torch.nn.Module,
+    datamodule: data.DataModule,
+    accelerator: str,
 ) -> None:
     limit = seconds(options.run.max_time) if options.run.max_time else None
     chosen = options.run
@@ -124,13 +131,13 @@ def _fit(
     steps = load_checkpoint(begin, network)["global_step"] if begin else 0
     epochs = cast(int, options.recipe.epochs)
     trainer = pl.Trainer(
-        accelerator=options.run.accelerator,
-        devices=options.run.devices,
-        strategy="ddp_spawn" if options.run.devices > 1 else "auto",
+        accelerator=accelerator,
+        devices=chosen.devices,
+        strategy="ddp_spawn" if chosen.devices > 1 else "auto",
         precision=PRECISION[options.recipe.precision],
         max_epochs=epochs,
         min_epochs=0,
-        callbacks=[Display(epochs), record],
+        callbacks=[Display(epochs, UNITS[datamodule.kind]), record],
         plugins=[AtomicCheckpoints()],
         logger=TensorBoardLogger(folder, name="tensorboard", version="", purge_step=steps + 1),
         enable_progress_bar=False,
@@ -141,7 +148,7 @@ def _fit(
         default_root_dir=folder,
     )
     # Every further process reads the data for itself.
-    own = datamodule if options.run.devices == 1 else load_data(options)
+    own = datamodule if chosen.devices == 1 else load_data(options)
     _fit_or_stop(trainer, task, own, folder, begin)
     best = load_checkpoint(record.best, network)
     last = load_checkpoint(record.last, network)
@@ -155,6 +162,18 @@ def _fit(
         best_epoch=last["callbacks"]["Record"]["best_epoch"],
         train_seconds=last["elapsed"],
     )
+
+
+def _accelerator(chosen: RunOptions) -> str:
+    """Where to compute; Lightning's own "auto" also takes GPUs without float64, which sums need."""
+    gpus = torch.cuda.device_count()
+    if chosen.accelerator == "gpu" and not gpus:
+        raise UserError("There is no GPU that torch can use; choose --accelerator cpu")
+    gpu = chosen.accelerator != "cpu" and gpus > 0
+    most, what = (gpus, "GPUs") if gpu else (os.cpu_count() or 1, "cores")
+    if chosen.devices > most:
+        raise UserError(f"Expected devices of at most {most}, the {what}, but got {chosen.devices}")
+    return "cuda" if gpu else "cpu"
 
 
 def _fit_or_stop(
@@ -172,7 +191,7 @@ def _fit_or_stop(
         whole = Record(folder).last.exists()
         kept = "the last whole epoch is kept" if whole else "no epoch was whole yet"
         raise Stopped(f"Stopped; {kept}. Go on with: {command_to_resume(folder)}") from error
-    except torch.multiprocessing.ProcessRaisedException as error:
+    except ProcessRaisedException as error:
         # Another process can send only the text of what it raised.
         if match := re.search(r"^normdrop\.errors\.UserError: (.*)$", str(error), re.MULTILINE):
             raise UserError(match[1]) from error

@@ -53,7 +53,7 @@ def load_data(options: Options) -> data.DataModule:
 
 def located(chosen: DataOptions) -> DataOptions:
     """The same options with whole paths, so that they hold in every folder."""
-    whole = {
+    whole: dict[str, Any] = {
         name: str(Path(value).expanduser().resolve())
         for name in ("data", "folder")
         if (value := getattr(chosen, name)) and value not in SOURCES and Path(value).exists()

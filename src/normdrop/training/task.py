@@ -140,8 +140,9 @@ class Task(pl.LightningModule):
             torch.set_num_threads(self.threads)
 
     def on_train_start(self) -> None:
-        """Start the clock."""
+        """Start the clock, and bring the average to where the weights are."""
         self._begin = time.monotonic()
+        self.averaged = {name: value.to(self.device) for name, value in self.averaged.items()}
 
     def on_train_epoch_start(self) -> None:
         """Start the epoch's sums, and tell the data which epoch it is."""
@@ -230,9 +231,7 @@ class Task(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back the average and the time that went by."""
-        self.averaged = {
-            name: value.to(self.device) for name, value in checkpoint["averaged"].items()
-        }
+        self.averaged = dict(checkpoint["averaged"])
         self.seconds_before = checkpoint["elapsed"]
 
     def _count(self, split: str, loss: Tensor, scores: Tensor, labels: Tensor) -> None:
