@@ -71,7 +71,7 @@ def test_dropout_equals_reference_in_every_layout(shape, keep):
     for y in layouts(x):
         z = functional.dropout(y, keep=keep, seed=17)
         assert same(z, expected)
-        assert z.stride() == torch.empty_like(y).stride()
+        assert z.stride() == torch.empty_like(y).stride() or z.numel() == 0
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -147,6 +147,7 @@ def test_shared_dims_share_one_draw(shared):
     for y in layouts(x):
         z = functional.dropout(y, keep=0.5, seed=9, shared_dims=shared)
         assert same(z, with_reference(x, 0.5, 9, shared_dims=dims))
+        assert z.stride() == torch.empty_like(y).stride() or z.numel() == 0
         assert torch.equal(z.amin(dims), z.amax(dims))
 
 

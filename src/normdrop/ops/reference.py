@@ -196,4 +196,7 @@ def dropout(x: Tensor, mask: Tensor, scale: float, shift: float = 0.0, fill: flo
     if shift:
         # 16-bit types are rounded once.
         z = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale + shift).to(x.dtype)
+    if not x.is_contiguous() and not torch._C._are_functorch_transforms_active():
+        # torch.where gives its result in the mask's memory format.
+        mask = torch.empty_like(x, dtype=torch.bool).copy_(mask)
     return torch.where(mask, z, torch.full((), fill, dtype=x.dtype, device=x.device))
