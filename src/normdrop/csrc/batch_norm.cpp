@@ -454,11 +454,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
     args.residual = added->data_ptr();
     if (slope != 1.0) {
       const int64_t bytes = (x.numel() + 7) / 8 + x.size(0) * x.size(1);
+      const int64_t used = layout.inner == 1
+                               ? (x.numel() + 7) / 8
+                               : layout.outer * layout.channels * ((layout.inner + 7) / 8);
+      STD_TORCH_CHECK(used <= bytes,
+                      "batch_norm: a residual needs x to be contiguous or channels_last");
       positive = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
       args.positive = static_cast<uint8_t*>(positive.data_ptr());
-      STD_TORCH_CHECK(
-          layout.inner == 1 || layout.outer * layout.channels * ((layout.inner + 7) / 8) <= bytes,
-          "batch_norm: a residual needs x to be contiguous or channels_last");
+      std::memset(args.positive + used, 0, static_cast<size_t>(bytes - used));
     }
   }
   if (x.numel() > 0) {

@@ -30,7 +30,7 @@ struct BatchNormArgs {
   const void* grad_scale;  // grad_x = g * grad_scale + (x - center) * grad_slope + grad_shift
   const void* grad_slope;
   const void* grad_shift;
-  double slope;  // of the activation where it is not positive: 1 is the identity, 0 is ReLU
+  double slope;   // of the activation where it is not positive: 1 is the identity, 0 is ReLU
   bool training;  // backward: grad_x depends on x
   bool stream;    // write past the cache
 };
@@ -54,6 +54,7 @@ inline RowBlocks row_blocks(int64_t outer, int64_t inner) {
   constexpr int64_t target = 4096;
   RowBlocks blocks{};
   blocks.rows = inner < target ? target / inner : 1;
+  blocks.rows = blocks.rows < 128 ? blocks.rows : 128;  // additions to one accumulator
   const int64_t parts = (inner + target - 1) / target;
   blocks.length = ((inner + parts - 1) / parts + 63) / 64 * 64;
   blocks.parts = (inner + blocks.length - 1) / blocks.length;
@@ -76,10 +77,10 @@ struct BatchNormKernels {
   void (*row_gradients[kDataTypes])(const BatchNormArgs&, int64_t o0, int64_t o1, int64_t c0,
                                     int64_t c1, int64_t i0, int64_t i1);
   // Rows [m0, m1), all columns.
-  void (*column_statistics[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1,
-                                        double* mean, double* m2);
-  void (*column_gradient_sums[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1,
-                                           double* g, double* gx);
+  void (*column_statistics[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1, double* mean,
+                                        double* m2);
+  void (*column_gradient_sums[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1, double* g,
+                                           double* gx);
   // Rows [m0, m1), the last first.
   void (*column_normalize[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1);
   void (*column_gradients[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1);

@@ -215,16 +215,21 @@ struct KeepStream {
 
   __attribute__((always_inline)) WordMask masks(uint64_t word) const {
     WordMask keep;
-    I16 equal = {}, random[kMaskVectors];
+    I16 random[kMaskVectors];
     for (int i = 0; i < kDraws; ++i) {
       draw(8 * word + (uint64_t)(i * kBlocks), random[2 * i], random[2 * i + 1]);
     }
     for (int v = 0; v < kMaskVectors; ++v) {
       keep.of[v] = random[v] < threshold;
-      equal |= random[v] == threshold;
     }
-    if (rule.lower != 0 && __builtin_expect(any(equal), 0)) {
-      refine(rule, word, keep.of, random);
+    if (rule.lower != 0) {
+      I16 equal = random[0] == threshold;
+      for (int v = 1; v < kMaskVectors; ++v) {
+        equal |= random[v] == threshold;
+      }
+      if (__builtin_expect(any(equal), 0)) {
+        refine(rule, word, keep.of, random);
+      }
     }
     return keep;
   }

@@ -244,15 +244,36 @@ NORMDROP_INLINE void store_doubles(float* p, F64 v) {
 
 // ---- 16-bit types, rounding to nearest even ----------------------------------------------------
 
-NORMDROP_INLINE F32 widen(U16Half bits, bfloat16) {
-  return (F32)(__builtin_convertvector(bits, U32) << 16);
+// Between 16 and 32 bits a lane. GCC 12 converts in halves where one or two instructions do it.
+NORMDROP_INLINE U32 extend(U16Half v) {
+#if defined(__AVX512F__)
+  return (U32)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (U32)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, U32);
+#endif
 }
+
+// The upper halves must be zero.
+NORMDROP_INLINE U16Half truncate(U32 v) {
+#if defined(__AVX512F__)
+  return (U16Half)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  return (U16Half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(v, U16Half);
+#endif
+}
+
+NORMDROP_INLINE F32 widen(U16Half bits, bfloat16) { return (F32)(extend(bits) << 16); }
 
 NORMDROP_INLINE U16Half narrow(F32 v, bfloat16) {
   const U32 bits = (U32)v;
   const U32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   const U32 nan = (U32)(v != v);
-  return __builtin_convertvector((nan & 0x7FC0) | (~nan & rounded), U16Half);
+  return truncate((nan & 0x7FC0) | (~nan & rounded));
 }
 
 #if !defined(__F16C__) && !defined(__aarch64__)

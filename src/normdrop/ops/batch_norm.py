@@ -47,57 +47,70 @@ def batch_norm(
     nonfinite: str,
 ) -> Tensor:
     """y = dropout(activation(BN(x) + residual)); training says whose statistics are used."""
-    compiling = torch.compiler.is_compiling()
-    if x.numel() <= _SMALL and nonfinite == "propagate" and not compiling:
+    if x.numel() <= _SMALL and nonfinite == "propagate" and not torch.compiler.is_compiling():
         y = torch.nn.functional.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    elif _takes_kernel(x, running_mean, running_var, weight, bias, training, eps):
-        slope = SLOPES.get(activation, 1.0)
-        added = residual
-        if residual is not None and not _is_ordered(x):
-            slope, added = 1.0, None
-        mode = NONFINITE[nonfinite]
-        if compiling:
-            y = _traced(
-                x,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                added,
-                training,
-                momentum,
-                eps,
-                slope,
-                mode,
-            )
-        else:
-            y = _eager(
-                x,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                added,
-                training,
-                momentum,
-                eps,
-                slope,
-                mode,
-            )
-        if added is residual:
-            residual = None
-            activation = None if activation in SLOPES else activation
+        y = _finish(y, residual, activation)
     else:
-        y = _plain(x, running_mean, running_var, weight, bias, training, momentum, eps, nonfinite)
-    if residual is not None:
-        y = y + residual
-    if activation is not None:
-        y = reference.activate(y, activation)
+        y = kernel_or_plain(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual,
+            activation,
+            nonfinite,
+        )
     if keep < 1.0 and seed is not None:
         y = dropout_ops.dropout(y, keep, 1.0 / keep if keep else 0.0, seed, sample_offset)
     return y
+
+
+def kernel_or_plain(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+    nonfinite: str,
+) -> Tensor:
+    """y = activation(BN(x) + residual), by the kernel wherever there is one."""
+    if not _takes_kernel(x, running_mean, running_var, weight, bias, training, eps):
+        y = _plain(x, running_mean, running_var, weight, bias, training, momentum, eps, nonfinite)
+        return _finish(y, residual, activation)
+    if not _is_ordered(x):
+        x = x.contiguous()  # as is torch's result
+    run = _traced if torch.compiler.is_compiling() else _eager
+    y = run(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        residual,
+        training,
+        momentum,
+        eps,
+        SLOPES.get(activation, 1.0),
+        NONFINITE[nonfinite],
+    )
+    return y if activation in SLOPES else reference.activate(y, activation)
+
+
+def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else reference.activate(y, activation)
 
 
 def _takes_kernel(
@@ -137,7 +150,7 @@ def _is_transformed() -> bool:
 
 
 def _is_ordered(x: Tensor) -> bool:
-    """Contiguous or channels_last, so that the kernel can keep one bit an element."""
+    """Contiguous or channels_last: torch gives no other layout back."""
     if x.is_contiguous():
         return True
     if x.dim() == 4:
