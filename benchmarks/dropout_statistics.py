@@ -1,0 +1,160 @@
+"""Is the dropout mask random? 10⁹ draws for each keep: rates, correlations, chi-square.
+
+    python benchmarks/dropout_statistics.py [--draws 1000000000]
+
+Prints and writes results/dropout_statistics.csv: one row a test with its statistic as a number of
+standard deviations (z). A chi-square value with d degrees of freedom is turned into z by Wilson and
+Hilferty's cube root. With some 70 tests, |z| above 4 happens once in 200 runs if all is well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from normdrop import functional
+from normdrop.files import write_atomically
+
+KEEPS = (0.5, 0.8, 0.9, 0.999)
+CHUNK = 1 << 24
+RESULTS = Path(__file__).parent / "results" / "dropout_statistics.csv"
+
+Row = tuple[str, float, int, float, float]
+"""test, keep, draws, value, z"""
+
+
+def kept(keep: float, seed: int, chunk: int, count: int = CHUNK) -> Tensor:
+    """Elements chunk · CHUNK … of the mask, as 0 and 1 in bytes."""
+    ones = torch.ones(count // 1024, 1024, dtype=torch.bfloat16)
+    mask = functional.dropout(ones, keep=keep, seed=seed, sample_offset=chunk * (CHUNK // 1024))
+    return mask.ne(0).view(torch.uint8).flatten()
+
+
+def normal_of_chi_square(value: float, degrees: int) -> float:
+    spread = 2 / (9 * degrees)
+    return ((value / degrees) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> tuple[float, float]:
+    expected = probabilities * counts.sum()
+    value = ((counts - expected) ** 2 / expected).sum().item()
+    return value, normal_of_chi_square(value, len(counts) - 1)
+
+
+def rates(keep: float, draws: int) -> Iterator[Row]:
+    """How many are kept; how often each pattern of eight neighbours, one Philox block, occurs."""
+    chunks = draws // CHUNK
+    total, patterns = 0, torch.zeros(256, dtype=torch.float64)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8)
+    for chunk in range(chunks):
+        mask = kept(keep, 1, chunk)
+        blocks = mask.view(-1, 8)
+        total += int(mask.sum(dtype=torch.int64))
+        code = (blocks * weights).sum(1, dtype=torch.uint8)
+        patterns += torch.bincount(code.int(), minlength=256)
+    n = chunks * CHUNK
+    yield "keep rate", keep, n, total / n, (total / n - keep) / math.sqrt(keep * (1 - keep) / n)
+
+    bits = torch.tensor([bin(code).count("1") for code in range(256)], dtype=torch.float64)
+    # Patterns that are too rare for the chi-square approximation are taken together by their count.
+    probabilities = keep**bits * (1 - keep) ** (8 - bits)
+    common = probabilities * n / 8 >= 10
+    counts = torch.cat([patterns[common], patterns[~common].sum(0, keepdim=True)])
+    expected = torch.cat([probabilities[common], probabilities[~common].sum(0, keepdim=True)])
+    if expected[-1] * n / 8 < 10:
+        counts[-2] += counts[-1]
+        expected[-2] += expected[-1]
+        counts, expected = counts[:-1], expected[:-1]
+    value, z = chi_square(counts, expected)
+    yield f"chi-square of blocks, {len(counts) - 1} degrees", keep, n, value, z
+
+
+def correlations(keep: float, draws: int) -> Iterator[Row]:
+    """Of a mask with itself moved, and with masks of other seeds."""
+    chunks = max(1, draws // CHUNK // 8)
+    pairs: dict[str, tuple[int, int]] = {  # name → (distance in elements, change of the seed)
+        "neighbours": (1, 0),
+        "elements 2 apart": (2, 0),
+        "elements 4 apart": (4, 0),
+        "blocks (8 apart)": (8, 0),
+        "words (64 apart)": (64, 0),
+        "rows (1024 apart)": (1024, 0),
+        "samples (3136 apart)": (3136, 0),
+        "seeds 1 apart": (0, 1),
+        "seeds with another upper half": (0, 1 << 32),
+        "seeds that differ in the sign": (0, -(1 << 63)),
+    }
+    sums = dict.fromkeys(pairs, 0.0)
+    count = dict.fromkeys(pairs, 0)
+    for chunk in range(chunks):
+        mask = kept(keep, 1, chunk)
+        for name, (distance, change) in pairs.items():
+            other = (
+                mask if change == 0 else kept(keep, 1 ^ change if change < 0 else 1 + change, chunk)
+            )
+            a, b = (mask, other) if distance == 0 else (mask[:-distance], other[distance:])
+            both = int((a & b).sum(dtype=torch.int64))
+            only_a, only_b = int(a.sum(dtype=torch.int64)), int(b.sum(dtype=torch.int64))
+            sums[name] += both - keep * only_a - keep * only_b + keep * keep * len(a)
+            count[name] += len(a)
+    far = kept(keep, 1, (1 << 40) // CHUNK)
+    mask = kept(keep, 1, 0)
+    sums["offset 2^40"] = float(
+        int((mask & far).sum(dtype=torch.int64))
+        - keep * int(mask.sum(dtype=torch.int64))
+        - keep * int(far.sum(dtype=torch.int64))
+        + keep * keep * CHUNK
+    )
+    count["offset 2^40"] = CHUNK
+    for name, value in sums.items():
+        n = count[name]
+        correlation = value / n / (keep * (1 - keep))
+        yield f"correlation of {name}", keep, n, correlation, correlation * math.sqrt(n)
+
+
+def seeds(keep: float, draws: int) -> Iterator[Row]:
+    """The same 1024 elements under many seeds in a row: is each kept as often as it should be?"""
+    trials = max(1000, draws // 1024 // 200)
+    counts = torch.zeros(1024, dtype=torch.float64)
+    for seed in range(trials):
+        counts += kept(keep, seed, 0, count=1024)
+    z = (counts - keep * trials) / math.sqrt(trials * keep * (1 - keep))
+    value = (z**2).sum().item()
+    yield (
+        "chi-square of elements over seeds, 1024 degrees",
+        keep,
+        trials * 1024,
+        value,
+        normal_of_chi_square(value, 1024),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--draws", type=int, default=10**9, help="draws for each keep")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    draws = -(-options.draws // CHUNK) * CHUNK
+    rows: list[Row] = []
+    for keep in KEEPS:
+        for test in (rates, correlations, seeds):
+            for row in test(keep, draws):
+                rows.append(row)
+                name, _, n, value, z = row
+                print(f"keep {keep:<6} {name:52} {n:>11}  {value:>14.8g}  z = {z:+.2f}", flush=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(options.output) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["test", "keep", "draws", "value", "z"])
+        writer.writerows([name, keep, n, f"{v:.10g}", f"{z:.3f}"] for name, keep, n, v, z in rows)
+    print(f"largest |z|: {max(abs(row[4]) for row in rows):.2f} of {len(rows)} tests")
+
+
+if __name__ == "__main__":
+    main()
