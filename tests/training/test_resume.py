@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from normdrop.errors import UserError
+from normdrop.training import callbacks
 from normdrop.training.fit import Stopped, train
 from normdrop.training.options import Options
 from normdrop.training.task import Task
@@ -126,6 +127,31 @@ def test_a_run_killed_after_its_last_epoch_is_tested_on_resume(finished_run, tmp
     (run / "checkpoints" / ".last.ckpt.x7.part").write_text("half a checkpoint")
     assert_same_end(train(resume=run), finished_run)
     assert not list(run.rglob("*.part"))
+
+
+def test_a_run_killed_between_its_two_checkpoints_ends_with_the_same_bits(
+    small, finished_run, monkeypatch
+):
+    copies = []
+
+    def copyfile(source, target):
+        copies.append(source)
+        if len(copies) == 2:
+            raise KeyboardInterrupt
+        return original(source, target)
+
+    original = callbacks.shutil.copyfile
+    monkeypatch.setattr(callbacks.shutil, "copyfile", copyfile)
+    with pytest.raises(Stopped):
+        train(small(name="stopped"))
+    monkeypatch.undo()
+    stopped = Path(small().run.runs_dir) / "stopped"
+    best, last = (
+        torch.load(stopped / "checkpoints" / name, weights_only=True)["callbacks"]["Record"]["rows"]
+        for name in ("best.ckpt", "last.ckpt")
+    )
+    assert len(best) > len(last)
+    assert_same_end(train(resume=stopped), finished_run)
 
 
 def test_rows_after_the_checkpoint_are_forgotten(small, stop_at):

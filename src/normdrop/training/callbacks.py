@@ -102,11 +102,12 @@ class Record(pl.callbacks.Checkpoint):
                 {name: self.rows[-1][name] for name in COLUMNS[2:]}, trainer.global_step
             )
         try:
-            trainer.save_checkpoint(self.last)
+            # The best comes first: killed between the two, the run repeats this epoch.
+            trainer.save_checkpoint(self.best if better else self.last)
             if trainer.is_global_zero:
                 if better:
-                    with write_atomically(self.best) as temporary:
-                        shutil.copyfile(self.last, temporary)
+                    with write_atomically(self.last) as temporary:
+                        shutil.copyfile(self.best, temporary)
                 self.write_metrics()
         except OSError as error:
             raise cannot_write(error, self.folder) from error

@@ -74,7 +74,7 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
     with _kept_settings():
         if resume is not None:
             options = resumed_options(Path(resume), options)
-        if resume is None:
+        else:
             chosen = resolve_data(located(options.data), name=load_data(options).name)
             options = replace(options, data=chosen)
         datamodule = load_data(options)

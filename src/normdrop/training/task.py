@@ -202,8 +202,6 @@ class Task(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Make the epoch's row of metrics.csv, over all processes."""
         self._swap_average()
-        if not self.trainer.training and not self.trainer.validating:
-            return
         sums = {
             split: self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum").tolist()
             for split, value in self._sums.items()
