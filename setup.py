@@ -12,6 +12,7 @@ Environment:
     NORMDROP_REQUIRE_KERNELS=1              a build without kernels is an error
     NORMDROP_WITHOUT_KERNELS=1              do not try
     NORMDROP_SANITIZE=address,undefined     compile with these sanitizers
+    NORMDROP_INSTRUCTION_SETS=baseline,avx2 compile for fewer than all, to be quicker
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ if platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win32"
         *INSTRUCTION_SETS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     ]
+
+if chosen := os.environ.get("NORMDROP_INSTRUCTION_SETS"):
+    INSTRUCTION_SETS = {name: INSTRUCTION_SETS[name] for name in ["baseline", *chosen.split(",")]}
 
 # Contraction is off: what is fused is said by `fma` in simd.h, so that forward and backward,
 # which both work out the activation's sign, cannot disagree.
@@ -86,7 +90,7 @@ class BuildKernels(build_ext):
         def compile_one(job: tuple[str, str | None]) -> str:
             source, isa = job
             folder = Path(self.build_temp) / (sanitizers.replace(",", "-") or "release")
-            folder /= isa or "common"
+            folder = folder / "+".join(INSTRUCTION_SETS) / (isa or "common")
             target = folder / Path(source).with_suffix(".o")
             newest = max(newest_header, Path(source).stat().st_mtime)
             if target.exists() and target.stat().st_mtime > newest and not self.force:
@@ -162,5 +166,6 @@ setup(
     ]
     if wanted
     else [],
+    exclude_package_data={"": ["*.cpp", "*.h"]},
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": LimitedWheel},
 )
