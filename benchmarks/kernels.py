@@ -276,7 +276,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"--filter {options.filter!r} matches no case", file=sys.stderr)
         return 2
     path = options.output / "kernels.csv"
-    rows = run(options, path, chosen, options.peers)
+    if options.tables:
+        rows = runner.read_rows(path)
+    else:
+        rows = run(options, path, chosen, options.peers)
     plots.ratios(rows, options.output / "kernels.png")
     if options.output.resolve() == runner.RESULTS:
         runner.write_section("kernels", headline(rows))
