@@ -145,14 +145,14 @@ class Constants {
   double round(double value) const { return is_double_ ? value : static_cast<float>(value); }
 
  private:
-  static constexpr int kVectors = 6;
+  static constexpr int kVectors = 5;
   bool is_double_;
   int64_t channels_, fold_, stride_;
   std::unique_ptr<float[]> storage_;
   float* values_;
 };
 
-enum { kCenter, kScale, kShift, kGradScale, kGradSlope, kGradShift };
+enum { kCenter, kScale, kShift, kGradSlope, kGradShift };
 
 struct Channels {
   std::vector<double> mean, var, weight, bias;
@@ -184,7 +184,6 @@ struct Channels {
     const double inv = invstd(c), scale = weight[c] * inv, share = training ? 1.0 / count : 0.0;
     sums.gx = (sums.gx + off * sums.g) * inv;
     const double slope = training ? -scale * inv * sums.gx * share : 0.0;
-    constants.set(kGradScale, c, scale);
     constants.set(kGradSlope, c, slope);
     constants.set(kGradShift, c, training ? slope * off - scale * sums.g * share : 0.0);
     return sums;
@@ -620,7 +619,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_cpu(
     args.center = constants.vector(kCenter);
     args.scale = constants.vector(kScale);
     args.shift = constants.vector(kShift);
-    args.grad_scale = constants.vector(kGradScale);
     args.grad_slope = constants.vector(kGradSlope);
     args.grad_shift = constants.vector(kGradShift);
     channels.set_forward(constants);

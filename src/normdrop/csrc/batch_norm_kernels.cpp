@@ -7,7 +7,7 @@
 //   backward   g = grad_y * act'(y_hat + residual), which is also residual's gradient,
 //              grad_bias = sum g, grad_weight = invstd * sum g * (x - mean),
 //              grad_x = scale * (g - mean(g) - (x - mean) * invstd^2 * mean(g * (x - mean))),
-//              computed as g * grad_scale + (x - center) * grad_slope + grad_shift
+//              computed as g * scale + (x - center) * grad_slope + grad_shift
 //
 // x is (outer, channels, inner). float, bfloat16 and half are computed in float, at most 4096
 // elements of a channel (128 rows of columns) being summed in float before they go to double.
@@ -53,11 +53,6 @@ struct Broadcast {
   NORMDROP_METHOD VectorOf<T> at(int64_t) const { return value; }
   NORMDROP_METHOD VectorOf<T> first(int64_t, int64_t) const { return value; }
 };
-
-template <class A, class B>
-constexpr bool kIsSame = false;
-template <class A>
-constexpr bool kIsSame<A, A> = true;
 
 template <class T>
 NORMDROP_INLINE Broadcast<T> broadcast(const void* constants, int64_t c) {
@@ -262,7 +257,7 @@ struct GradientX {
   Gradient<T, kBent, kBits, Constants> gradient;
   T* grad_x;
   T* grad_residual;  // or null
-  Constants<T> grad_scale, grad_slope, grad_shift;
+  Constants<T> grad_slope, grad_shift;
   MaskOf<T> training;  // in evaluation an infinite x must not reach the gradient
 
   template <bool kStream>
@@ -270,7 +265,7 @@ struct GradientX {
     V d;
     const V g = gradient.whole(i, bits, d);
     const V inner = fma(keep_where(training, d), grad_slope.at(i), grad_shift.at(i));
-    put<T, kStream>(grad_x + i, fma(g, grad_scale.at(i), inner));
+    put<T, kStream>(grad_x + i, fma(g, gradient.scale.at(i), inner));
     if (grad_residual != nullptr) {
       put<T, kStream>(grad_residual + i, g);
     }
@@ -280,7 +275,7 @@ struct GradientX {
     V d;
     const V g = gradient.partial(i, n, bits, d);
     const V inner = fma(keep_where(training, d), grad_slope.first(i, n), grad_shift.first(i, n));
-    store_first<T>(grad_x + i, fma(g, grad_scale.first(i, n), inner), n);
+    store_first<T>(grad_x + i, fma(g, gradient.scale.first(i, n), inner), n);
     if (grad_residual != nullptr) {
       store_first<T>(grad_residual + i, g, n);
     }
@@ -376,7 +371,6 @@ void gradient_rows(const BatchNormArgs& args, int64_t o0, int64_t o1, int64_t c0
           row_gradient<T, kBent, kBits>(args, o, c, i0),
           static_cast<T*>(args.out) + at,
           args.grad_residual != nullptr ? static_cast<T*>(args.grad_residual) + at : nullptr,
-          broadcast<T>(args.grad_scale, c),
           broadcast<T>(args.grad_slope, c),
           broadcast<T>(args.grad_shift, c),
           args.training ? ~MaskOf<T>{} : MaskOf<T>{}};
@@ -591,23 +585,7 @@ NORMDROP_INLINE uint64_t bits_at(const uint8_t* bytes, int64_t i, int64_t n) {
 
 // ---- Columns: inner = 1 ------------------------------------------------------------------------
 
-constexpr int64_t kRowGroup = 8;   // rows that are summed at once, the sums being in registers
 constexpr int64_t kFirstRows = 8;  // whose mean is the first shift
-
-template <class T>
-NORMDROP_INLINE Broadcast<T> held(const void* constants, int64_t c) {
-  return {load_vector<VectorOf<T>>(static_cast<const ScalarOf<T>*>(constants) + c)};
-}
-
-// Constants of the columns from c on: those of one vector, or all.
-template <class T, template <class> class Constants>
-NORMDROP_INLINE Constants<T> constants_from(const void* p, int64_t c) {
-  if constexpr (kIsSame<Constants<T>, Broadcast<T>>) {
-    return held<T>(p, c);
-  } else {
-    return columns<T>(p, c);
-  }
-}
 
 // Calls visit(m) for the rows [m0, m1): the last 64 KiB first, since a pass before this one left
 // them in the cache, but ascending within, since that is what the processor prefetches.
@@ -623,8 +601,6 @@ NORMDROP_INLINE void walk_columns(const BatchNormArgs& args, int64_t m0, int64_t
   stream_fence();
 }
 
-// Constants are loaded anew for every row: they stay in the first-level cache. Holding them in
-// registers over several rows was slower: stores and prefetching want one stream.
 template <class T, bool kBent, bool kResidual>
 void normalize_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
   walk_columns<T>(args, m0, m1, [&](int64_t m) NORMDROP_LAMBDA {
@@ -642,15 +618,15 @@ void normalize_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
   });
 }
 
-template <class T, bool kBent, bool kBits, template <class> class Constants>
-NORMDROP_INLINE Gradient<T, kBent, kBits, Constants> column_gradient(const BatchNormArgs& args,
-                                                                     int64_t at, int64_t c) {
+template <class T, bool kBent, bool kBits>
+NORMDROP_INLINE Gradient<T, kBent, kBits, Columns> column_gradient(const BatchNormArgs& args,
+                                                                   int64_t at, int64_t c) {
   return {static_cast<const T*>(args.x) + at,
           static_cast<const T*>(args.grad_y) + at,
           kBits ? args.positive + at / 8 : nullptr,
-          constants_from<T, Constants>(args.center, c),
-          constants_from<T, Constants>(args.scale, c),
-          constants_from<T, Constants>(args.shift, c),
+          columns<T>(args.center, c),
+          columns<T>(args.scale, c),
+          columns<T>(args.shift, c),
           Bend<T>(args.slope)};
 }
 
@@ -659,10 +635,9 @@ void gradient_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
   walk_columns<T>(args, m0, m1, [&](int64_t m) NORMDROP_LAMBDA {
     const int64_t at = m * args.channels;
     const GradientX<T, kBent, kBits, Columns> work = {
-        column_gradient<T, kBent, kBits, Columns>(args, at, 0),
+        column_gradient<T, kBent, kBits>(args, at, 0),
         static_cast<T*>(args.out) + at,
         args.grad_residual != nullptr ? static_cast<T*>(args.grad_residual) + at : nullptr,
-        columns<T>(args.grad_scale, 0),
         columns<T>(args.grad_slope, 0),
         columns<T>(args.grad_shift, 0),
         args.training ? ~MaskOf<T>{} : MaskOf<T>{}};
@@ -670,7 +645,9 @@ void gradient_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
   });
 }
 
-constexpr int64_t kStrip = 512;  // columns whose sums stay in the first-level cache
+// Columns whose sums stay in the first-level cache. They are loaded and stored for every row: to
+// hold them in registers over several rows read 1.4 times slower, memory wants one stream.
+constexpr int64_t kStrip = 512;
 
 template <bool kValue>
 struct Flag {
@@ -686,21 +663,6 @@ NORMDROP_INLINE void walk_strip(int64_t count, const Visit& visit) {
   }
   if (c < count) {
     visit(c, count - c, Flag<false>{});
-  }
-}
-
-// Calls add(r) for the rows of a group.
-template <bool kWhole, class Add>
-NORMDROP_INLINE void walk_group(int64_t rows, const Add& add) {
-  if (kWhole && rows == kRowGroup) {
-    NORMDROP_UNROLL
-    for (int64_t r = 0; r < kRowGroup; ++r) {
-      add(r);
-    }
-  } else {
-    for (int64_t r = 0; r < rows; ++r) {
-      add(r);
-    }
   }
 }
 
@@ -727,8 +689,9 @@ void statistics_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, doubl
     const int64_t first_rows = min_of(kFirstRows, m1 - m0);
     walk_strip<T>(count, [&](int64_t c, int64_t n, auto whole) NORMDROP_LAMBDA {
       V sum{};
-      walk_group<false>(first_rows,
-                        [&](int64_t r) NORMDROP_LAMBDA { sum += load(m0 + r, c, n, whole); });
+      for (int64_t m = m0; m < m0 + first_rows; ++m) {
+        sum += load(m, c, n, whole);
+      }
       sum = sum / splat<V>((Scalar)first_rows);
       store_vector(shift + c, sum);
       store_vector(origin + c, sum);
@@ -739,18 +702,11 @@ void statistics_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, doubl
       const int64_t block_end = min_of(block + kColumnBlock, m1);
       memset(block_d, 0, sizeof(block_d));
       memset(block_dd, 0, sizeof(block_dd));
-      for (int64_t group = block; group < block_end; group += kRowGroup) {
-        const int64_t rows = min_of(kRowGroup, block_end - group);
+      for (int64_t m = block; m < block_end; ++m) {
         walk_strip<T>(count, [&](int64_t c, int64_t n, auto whole) NORMDROP_LAMBDA {
-          const V k = load_vector<V>(shift + c);
-          V s = load_vector<V>(block_d + c), q = load_vector<V>(block_dd + c);
-          walk_group<decltype(whole)::value>(rows, [&](int64_t r) NORMDROP_LAMBDA {
-            const V difference = load(group + r, c, n, whole) - k;
-            s += difference;
-            q = fma(difference, difference, q);
-          });
-          store_vector(block_d + c, s);
-          store_vector(block_dd + c, q);
+          const V difference = load(m, c, n, whole) - load_vector<V>(shift + c);
+          store_vector(block_d + c, load_vector<V>(block_d + c) + difference);
+          store_vector(block_dd + c, fma(difference, difference, load_vector<V>(block_dd + c)));
         });
       }
       const F64 rows = splat<F64>((double)(block_end - block));
@@ -788,33 +744,19 @@ void gradient_sums_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, do
       const int64_t block_end = min_of(block + kColumnBlock, m1);
       memset(block_g, 0, sizeof(block_g));
       memset(block_gx, 0, sizeof(block_gx));
-      for (int64_t group = block; group < block_end; group += kRowGroup) {
-        const int64_t rows = min_of(kRowGroup, block_end - group);
+      for (int64_t m = block; m < block_end; ++m) {
+        const int64_t row = m * args.channels + strip;
         walk_strip<T>(count, [&](int64_t c, int64_t n, auto whole) NORMDROP_LAMBDA {
-          constexpr bool kWhole = decltype(whole)::value;
-          const int64_t at = group * args.channels + strip + c;
-          V s = load_vector<V>(block_g + c), q = load_vector<V>(block_gx + c), difference;
-          if constexpr (kWhole) {
-            const auto source = column_gradient<T, kBent, kBits, Broadcast>(args, at, strip + c);
-            walk_group<true>(rows, [&](int64_t r) NORMDROP_LAMBDA {
-              const uint64_t bits =
-                  bits_at < kBent && kBits > (args.positive, at + r * args.channels, W);
-              const V value = source.whole(r * args.channels, bits, difference);
-              s += value;
-              q = fma(value, difference, q);
-            });
+          const auto source = column_gradient<T, kBent, kBits>(args, row + c, strip + c);
+          const uint64_t bits = bits_at < kBent && kBits > (args.positive, row + c, n);
+          V value, difference;
+          if constexpr (decltype(whole)::value) {
+            value = source.whole(0, bits, difference);
           } else {
-            walk_group<false>(rows, [&](int64_t r) NORMDROP_LAMBDA {
-              const int64_t row = at + r * args.channels;
-              const uint64_t bits = bits_at < kBent && kBits > (args.positive, row, n);
-              const V value = column_gradient<T, kBent, kBits, Columns>(args, row, strip + c)
-                                  .partial(0, n, bits, difference);
-              s += value;
-              q = fma(value, difference, q);
-            });
+            value = source.partial(0, n, bits, difference);
           }
-          store_vector(block_g + c, s);
-          store_vector(block_gx + c, q);
+          store_vector(block_g + c, load_vector<V>(block_g + c) + value);
+          store_vector(block_gx + c, fma(value, difference, load_vector<V>(block_gx + c)));
         });
       }
       for (int64_t c = 0; c < count; ++c) {

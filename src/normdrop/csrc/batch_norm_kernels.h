@@ -27,8 +27,7 @@ struct BatchNormArgs {
   const void* center;    // the mean, rounded to the type computed in
   const void* scale;     // y_hat = (x - center) * scale + shift
   const void* shift;
-  const void* grad_scale;  // grad_x = g * grad_scale + (x - center) * grad_slope + grad_shift
-  const void* grad_slope;
+  const void* grad_slope;  // grad_x = g * scale + (x - center) * grad_slope + grad_shift
   const void* grad_shift;
   double slope;   // of the activation where it is not positive: 1 is the identity, 0 is ReLU
   bool training;  // backward: grad_x depends on x

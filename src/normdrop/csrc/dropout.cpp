@@ -94,12 +94,6 @@ void run(const Tensor& x, const Tensor& y, const Tensor& seed, int64_t threshold
   STD_TORCH_CHECK(sample_offset >= 0, "dropout: sample_offset must not be negative, got ",
                   sample_offset);
   const int64_t ndim = x.dim();
-  std::vector<int64_t> mask_sizes(x.sizes().begin(), x.sizes().end());
-  for (const int64_t d : shared_dims) {
-    STD_TORCH_CHECK(d >= 0 && d < ndim, "dropout: shared_dims must lie in [0, ", ndim, "), got ",
-                    d);
-    mask_sizes[d] = 1;
-  }
   const DropoutWork work{
       x.const_data_ptr(),
       y.mutable_data_ptr(),
@@ -111,22 +105,48 @@ void run(const Tensor& x, const Tensor& y, const Tensor& seed, int64_t threshold
   if (x.numel() == 0) {
     return;
   }
-  int64_t per_sample = 1, count = ndim == 0 ? 1 : mask_sizes[0];
-  for (int64_t d = 1; d < ndim; ++d) {
-    per_sample *= mask_sizes[d];
-  }
-  count *= per_sample;
-  const uint64_t first = (uint64_t)sample_offset * (uint64_t)per_sample;
   const KeepRule rule =
       make_keep_rule((uint64_t)*seed.const_data_ptr<int64_t>(), (uint64_t)threshold);
   const DropoutKernels& kernels = dropout_kernels();
-  std::vector<DropoutDim> dims = order_dims(x, y, mask_sizes);
-  const DropoutDim inner = dims.back();
-  const int64_t word_count = count_keep_words(first, count);
 
-  if (dims.size() == 1 && inner.x == 1 && inner.y == 1 && inner.mask == 1) {
+  std::vector<int64_t> mask_sizes(x.sizes().begin(), x.sizes().end());
+  for (const int64_t d : shared_dims) {
+    STD_TORCH_CHECK(d >= 0 && d < ndim, "dropout: shared_dims must lie in [0, ", ndim, "), got ",
+                    d);
+    mask_sizes[d] = 1;
+  }
+  int64_t per_sample = 1;
+  for (int64_t d = 1; d < ndim; ++d) {
+    per_sample *= mask_sizes[d];
+  }
+  const int64_t count = ndim == 0 ? 1 : mask_sizes[0] * per_sample;
+  const uint64_t first = (uint64_t)sample_offset * (uint64_t)per_sample;
+  const int64_t word_count = count_keep_words(first, count);
+  const auto walk_contiguous = [&] {
     torch::stable::parallel_for(0, word_count, kGrain / 64, [&](int64_t begin, int64_t end) {
       kernels.contiguous(work, rule, first, count, begin, end);
+    });
+  };
+  if (shared_dims.empty() && x.is_contiguous() && y.is_contiguous()) {
+    return walk_contiguous();
+  }
+
+  std::vector<DropoutDim> dims = order_dims(x, y, mask_sizes);
+  const DropoutDim inner = dims.back();
+  if (dims.size() == 1 && inner.x == 1 && inner.y == 1 && inner.mask == 1) {
+    return walk_contiguous();
+  }
+  const bool transposed = is_transposed(dims);
+  if (transposed && dims.size() == 2) {
+    dims.insert(dims.begin(), {1, 0, 0, 0});
+  }
+  const bool same_high_half = first >> 35 == (first + (uint64_t)count - 1) >> 35;
+  if (transposed && same_high_half &&
+      (first | (uint64_t)(dims[0].mask | dims[1].size | inner.mask)) % kBlockPositions == 0) {
+    const int64_t units = dims[0].size * dims[1].size / kBlockPositions;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (kBlockPositions * inner.size));
+    torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+      kernels.transposed_blocks(work, rule, first, dims.data(), begin, end);
     });
     return;
   }
@@ -139,10 +159,7 @@ void run(const Tensor& x, const Tensor& y, const Tensor& seed, int64_t threshold
   });
   const int64_t offset = (int64_t)(first & 63);
 
-  if (is_transposed(dims)) {
-    if (dims.size() == 2) {
-      dims.insert(dims.begin(), {1, 0, 0, 0});
-    }
+  if (transposed) {
     const int64_t tiles = (dims[1].size + kTransposedTile - 1) / kTransposedTile;
     const int64_t grain = std::max<int64_t>(1, kGrain / (kTransposedTile * inner.size));
     torch::stable::parallel_for(0, dims[0].size * tiles, grain, [&](int64_t begin, int64_t end) {

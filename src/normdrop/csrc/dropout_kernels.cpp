@@ -290,6 +290,65 @@ void transposed(const DropoutWork& work, const uint64_t* words, int64_t offset,
   }
 }
 
+// Lanes of T from the 32-bit lanes of mask, vector number `part`.
+NORMDROP_INLINE I32 lanes_of(I32 mask, int, I32) { return mask; }
+
+NORMDROP_INLINE I64 lanes_of(I32 mask, int part, I64) {
+  I32 both = mask;
+  return __builtin_convertvector(load_vector<I32Half>((const char*)&both + part * sizeof(I32Half)),
+                                 I64);
+}
+
+// kFloats channels of one position; `count` of them exist.
+template <class T, bool kAffine>
+NORMDROP_INLINE void drop_channels(const T* x, T* y, int64_t count, I32 mask,
+                                   const Coefficients<T>& c) {
+  constexpr int width = Lanes<T>::width;
+  for (int part = 0; part < kFloats / width; ++part) {
+    const auto lanes = lanes_of(mask, part, typename Lanes<T>::Mask{});
+    const T* from = x + part * width;
+    const int64_t rest = count - part * width;
+    if (__builtin_expect(rest >= width, 1)) {
+      Lanes<T>::store(y + part * width, drop<T, kAffine>(Lanes<T>::load(from), lanes, c));
+    } else if (rest > 0) {
+      const auto v = drop<T, kAffine>(load_first<T>(from, rest), lanes, c);
+      store_first<T>(y + part * width, v, rest);
+    }
+  }
+}
+
+template <class T, bool kAffine>
+void transposed_blocks(const DropoutWork& work, const KeepRule& rule, uint64_t first,
+                       const DropoutDim* dims, int64_t begin, int64_t end) {
+  const KeepStream stream(rule);
+  const Coefficients<T> c(work);
+  const DropoutDim outer = dims[0], middle = dims[1], inner = dims[2];
+  const int64_t tiles = middle.size / kBlockPositions;
+  constexpr int64_t kAhead = 1 * kBlockPositions;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / tiles, from = unit % tiles * kBlockPositions;
+    const T* x = (const T*)work.x + n * outer.x + from * middle.x;
+    T* y = (T*)work.y + n * outer.y + from * middle.y;
+    const uint64_t i = first + (uint64_t)(n * outer.mask + from);
+    for (int64_t k = 0; k < inner.size; k += kFloats) {
+      I16 keep[4];
+      // Eight rows a few bytes at a time is no pattern that the processor foresees.
+      for (int s = 0; s < kBlockPositions; ++s) {
+        __builtin_prefetch(x + (kAhead + s) * middle.x + k);
+      }
+      stream.columns(i + (uint64_t)(k * inner.mask), (uint64_t)inner.mask, keep);
+      for (int v = 0; v < 4; ++v) {
+        const I32 even = (I32)((U32)keep[v] << 16) >> 16, odd = (I32)keep[v] >> 16;
+        const int64_t s = 2 * v;
+        drop_channels<T, kAffine>(x + s * middle.x + k, y + s * middle.y + k, inner.size - k, even,
+                                  c);
+        drop_channels<T, kAffine>(x + (s + 1) * middle.x + k, y + (s + 1) * middle.y + k,
+                                  inner.size - k, odd, c);
+      }
+    }
+  }
+}
+
 // ---- entry points
 // ---------------------------------------------------------------------------------
 
@@ -334,9 +393,14 @@ void transposed_entry(const DropoutWork& work, const uint64_t* words, int64_t of
   NORMDROP_DISPATCH(transposed, work, words, offset, dims, begin, end);
 }
 
+void transposed_blocks_entry(const DropoutWork& work, const KeepRule& rule, uint64_t first,
+                             const DropoutDim* dims, int64_t begin, int64_t end) {
+  NORMDROP_DISPATCH(transposed_blocks, work, rule, first, dims, begin, end);
+}
+
 }  // namespace
 
 extern const DropoutKernels dropout_kernels = {fill_words_entry, contiguous_entry, strided_entry,
-                                               transposed_entry};
+                                               transposed_entry, transposed_blocks_entry};
 
 }  // namespace normdrop::NORMDROP_ISA

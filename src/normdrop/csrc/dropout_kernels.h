@@ -41,8 +41,14 @@ struct DropoutKernels {
   // kTransposedTile positions of one outer index.
   void (*transposed)(const DropoutWork&, const uint64_t* words, int64_t offset,
                      const DropoutDim* dims, int64_t begin, int64_t end);
+  // As transposed, with the mask drawn where it is used instead of read from words. first and the
+  // mask's steps of outer and inner are multiples of 8, the size of middle as well, and the numbers
+  // of all blocks have the same high half. Units have kBlockPositions positions.
+  void (*transposed_blocks)(const DropoutWork&, const KeepRule&, uint64_t first,
+                            const DropoutDim* dims, int64_t begin, int64_t end);
 };
 
+constexpr int64_t kBlockPositions = 8;
 constexpr int64_t kStridedPiece = 4096;
 constexpr int64_t kTransposedTile = 32;
 

@@ -139,6 +139,24 @@ NORMDROP_INLINE I16 interleave_odd(U64 a, U64 b) {
 #endif
 }
 
+// The low halves of a in the low halves, those of b in the high halves.
+NORMDROP_INLINE U64 pair_low_halves(U64 a, U64 b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (U64)_mm256_blend_epi32((__m256i)a, (__m256i)(b << 32), 0xAA);
+#else
+  return (a & 0xFFFFFFFF) | (b << 32);
+#endif
+}
+
+// The same for the high halves.
+NORMDROP_INLINE U64 pair_high_halves(U64 a, U64 b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (U64)_mm256_blend_epi32((__m256i)(a >> 32), (__m256i)b, 0xAA);
+#else
+  return (a >> 32) | (b & 0xFFFFFFFF00000000);
+#endif
+}
+
 NORMDROP_INLINE bool any(I16 mask) {
 #if defined(__AVX512F__)
   return _mm512_movepi16_mask((__m512i)mask) != 0;
@@ -181,16 +199,17 @@ struct KeepStream {
     key1[kPhiloxRounds - 1] ^= (uint64_t)0x8000800080008000;
   }
 
-  // The 16 random bits, sign flipped, of the elements of kBlocks blocks, in order. The state's
-  // words are the low halves of 64-bit lanes; what the upper halves hold does not matter, since
-  // the product does not look at it.
-  __attribute__((always_inline)) void draw(uint64_t block, I16& first, I16& second) const {
-    const uint64_t low = 0xFFFFFFFF;
+  // All rounds but the end of the last, for the blocks whose numbers have these low halves and this
+  // high half. The state's words are the low halves of 64-bit lanes; what the upper halves hold
+  // does not matter, since the product does not look at it.
+  struct State {
+    U64 p0, p1, c1, c3;
+  };
+  __attribute__((always_inline)) State rounds(U64 low_halves, uint32_t high_half) const {
     // Round 0: words 2 and 3 are zero. Round 1: words 0 and 1 are the same in all lanes.
-    U64 p0 = multiply_low_halves((block & low) + lanes, (U64){} + kPhiloxFactor0);
+    U64 p0 = multiply_low_halves(low_halves, (U64){} + kPhiloxFactor0);
     U64 c2 = (p0 >> 32) ^ key1[0];
-    const uint64_t scalar =
-        (uint64_t)kPhiloxFactor0 * (uint32_t)((block >> 32) ^ (uint32_t)rule.seed);
+    const uint64_t scalar = (uint64_t)kPhiloxFactor0 * (high_half ^ (uint32_t)rule.seed);
     U64 p1 = multiply_low_halves(c2, (U64){} + kPhiloxFactor1);
     U64 c0 = (p1 >> 32) ^ key0[1];
     U64 c1 = p1;
@@ -204,11 +223,17 @@ struct KeepStream {
       c2 = (p0 >> 32) ^ (c3 ^ key1[round]);
       c3 = p0;
     }
+    return {multiply_low_halves(c0, (U64){} + kPhiloxFactor0),
+            multiply_low_halves(c2, (U64){} + kPhiloxFactor1), c1, c3};
+  }
+
+  // The 16 random bits, sign flipped, of the elements of kBlocks blocks, in order.
+  __attribute__((always_inline)) void draw(uint64_t block, I16& first, I16& second) const {
+    const uint64_t low = 0xFFFFFFFF;
+    const State s = rounds((block & low) + lanes, (uint32_t)(block >> 32));
     // The last round puts words 0 and 1, 2 and 3 beside each other.
-    p0 = multiply_low_halves(c0, (U64){} + kPhiloxFactor0);
-    p1 = multiply_low_halves(c2, (U64){} + kPhiloxFactor1);
-    const U64 words01 = swap_halves(p1) ^ ((c1 & low) ^ key0[kPhiloxRounds - 1]);
-    const U64 words23 = swap_halves(p0) ^ ((c3 & low) ^ key1[kPhiloxRounds - 1]);
+    const U64 words01 = swap_halves(s.p1) ^ ((s.c1 & low) ^ key0[kPhiloxRounds - 1]);
+    const U64 words23 = swap_halves(s.p0) ^ ((s.c3 & low) ^ key1[kPhiloxRounds - 1]);
     first = interleave_even(words01, words23);
     second = interleave_odd(words01, words23);
   }
@@ -232,6 +257,39 @@ struct KeepStream {
       }
     }
     return keep;
+  }
+
+  // For channels beside each other in memory that lie `step` apart in the mask: 32-bit lane k of
+  // vector v has elements i + k step + 2 v (low half) and + 1 (high half), 0xFFFF if kept. i and
+  // step are multiples of 8, and the block numbers must agree in their high halves.
+  __attribute__((always_inline)) void columns(uint64_t i, uint64_t step, I16* keep) const {
+    U64 even;
+    for (int k = 0; k < kBlocks; ++k) {
+      even[k] = (uint64_t)(2 * k);
+    }
+    const uint64_t block = i >> 3, distance = step >> 3, low = 0xFFFFFFFF;
+    // The products wrap around in the low half only where the high halves would differ.
+    const U64 number = (block & low) + multiply_low_halves(even, (U64){} + distance);
+    const State a = rounds(number, (uint32_t)(block >> 32));
+    const State b = rounds(number + distance, (uint32_t)(block >> 32));
+    const uint64_t flip = 0x8000800080008000;
+    const U64 last0 = pair_low_halves(key0[kPhiloxRounds - 1], key0[kPhiloxRounds - 1]);
+    const U64 last1 = pair_low_halves(key1[kPhiloxRounds - 1], key1[kPhiloxRounds - 1]);
+    const I16 random[4] = {
+        (I16)(pair_high_halves(a.p1, b.p1) ^ (pair_low_halves(a.c1, b.c1) ^ last0)),
+        (I16)(pair_low_halves(a.p1, b.p1) ^ flip),
+        (I16)(pair_high_halves(a.p0, b.p0) ^ (pair_low_halves(a.c3, b.c3) ^ last1)),
+        (I16)(pair_low_halves(a.p0, b.p0) ^ flip)};
+    for (int v = 0; v < 4; ++v) {
+      keep[v] = random[v] < threshold;
+    }
+    if (rule.lower != 0) {
+      const I16 equal = (random[0] == threshold) | (random[1] == threshold) |
+                        (random[2] == threshold) | (random[3] == threshold);
+      if (__builtin_expect(any(equal), 0)) {
+        refine_columns(rule, i, step, keep, random);
+      }
+    }
   }
 
   // Bit j is element 64 word + j.
@@ -274,6 +332,19 @@ struct KeepStream {
       const int v = j / (64 / kMaskVectors), lane = j % (64 / kMaskVectors);
       if ((uint16_t)(random[v][lane] ^ 0x8000) == rule.upper) {
         keep[v][lane] = keeps(rule, 64 * word + (uint64_t)j) ? -1 : 0;
+      }
+    }
+  }
+
+  static __attribute__((noinline, cold)) void refine_columns(const KeepRule& rule, uint64_t i,
+                                                             uint64_t step, I16* keep,
+                                                             const I16* random) {
+    for (int v = 0; v < 4; ++v) {
+      for (int lane = 0; lane < kVectorBytes / 2; ++lane) {
+        if ((uint16_t)(random[v][lane] ^ 0x8000) == rule.upper) {
+          const uint64_t element = i + (uint64_t)(lane / 2) * step + (uint64_t)(2 * v + lane % 2);
+          keep[v][lane] = keeps(rule, element) ? -1 : 0;
+        }
       }
     }
   }
