@@ -171,6 +171,22 @@ def test_batch_norm_statistics_stay_float32_in_a_half_module(dtype):
     assert nn.BatchNorm1d(2, dtype=dtype).running_var.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_batch_norm_half_module_takes_small_inputs(monkeypatch, dtype, training, kernels):
+    """Few elements go to torch's operator, which wants γ, α and the statistics of one type."""
+    if not kernels:
+        monkeypatch.setattr("normdrop.ops.batch_norm.has_kernels", lambda: False)
+    x = torch.randn(4, 6, 5, 5)
+    expected = torch.nn.BatchNorm2d(6).train(training)(x)
+    layer = nn.BatchNorm2d(6).to(dtype).train(training)
+    y = layer(x.to(dtype))
+    y.sum().backward()
+    assert y.dtype == layer.weight.grad.dtype == layer.bias.grad.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_batch_norm_conversion_to_half_does_not_round_the_statistics():
     layer = nn.BatchNorm1d(1)
     layer.running_mean.fill_(1.0001)

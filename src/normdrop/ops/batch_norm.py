@@ -48,9 +48,7 @@ def batch_norm(
 ) -> Tensor:
     """y = dropout(activation(BN(x) + residual)); training says whose statistics are used."""
     if x.numel() <= _SMALL and nonfinite == "propagate" and not torch.compiler.is_compiling():
-        y = torch.nn.functional.batch_norm(
-            x, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        y = _torch(x, running_mean, running_var, weight, bias, training, momentum, eps)
         y = _finish(y, residual, activation)
     else:
         y = kernel_or_plain(
@@ -171,9 +169,7 @@ def _plain(
 ) -> Tensor:
     """The same with torch's operator."""
     if not training or nonfinite == "propagate":
-        return torch.nn.functional.batch_norm(
-            x, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        return _torch(x, running_mean, running_var, weight, bias, training, momentum, eps)
     y = torch.nn.functional.batch_norm(x, None, None, weight, bias, True, momentum, eps)
     with torch.no_grad():
         mean, var = reference.batch_statistics(x.detach())
@@ -188,6 +184,25 @@ def _plain(
             running_mean.copy_(torch.where(is_finite, new_mean, running_mean))
             running_var.copy_(torch.where(is_finite, new_var, running_var))
     return y
+
+
+def _torch(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Torch's operator, which takes no half γ and α beside running statistics in float32."""
+    if running_var is not None and running_var.dtype is torch.float32 and x.dtype in _HALF:
+        weight = None if weight is None else weight.float()
+        bias = None if bias is None else bias.float()
+    return torch.nn.functional.batch_norm(
+        x, running_mean, running_var, weight, bias, training, momentum, eps
+    )
 
 
 def _traced(
