@@ -169,6 +169,7 @@ def test_a_flag_overrides_the_file_of_options(parsed, tmp_path, first):
         (["predict", "nowhere"], "the following arguments are required: files"),
         (["describe", "--input", "3x"], "Expected input such as 224x224x3"),
         (["describe", "--model", "vgg12"], "vgg"),
+        (["describe", "--classes", "0"], "Expected `classes` to be a whole number of at least 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

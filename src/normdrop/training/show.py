@@ -94,10 +94,11 @@ def describe(run: Path | None, *, model: str, size: str, classes: int | None) ->
         return
     numbers = parse_size(size)
     shape = (numbers[2], *numbers[:2]) if len(numbers) == 3 else numbers
-    count = classes or (1000 if len(numbers) == 3 and min(numbers[:2]) >= 224 else 10)
+    if classes is None:
+        classes = 1000 if len(numbers) == 3 and min(numbers[:2]) >= 224 else 10
     # On the meta device nothing is drawn or computed; the figures are the CPU's.
     with torch.device("meta"):
-        network = networks.build(model, classes=count, input_shape=shape)
+        network = networks.build(model, classes=classes, input_shape=shape)
     print(normdrop.describe(network, numbers))
 
 
