@@ -32,6 +32,8 @@ SHAPES = [
     (2, 33, 7, 7),  # odd channels, odd positions
     (2, 3, 32, 32),  # fewer channels than a vector has lanes
     (1, 1030, 3, 3),  # more channels than the kernel's tile
+    (3, 21, 4, 6),  # channels_last, positions a multiple of 8, odd channels
+    (2, 530, 2, 4),  # more channels than the tile of such a kernel
     (2, 40, 3, 4, 5),
     (5, 1, 3, 1),
 ]

@@ -324,26 +324,27 @@ void transposed_blocks(const DropoutWork& work, const KeepRule& rule, uint64_t f
   const Coefficients<T> c(work);
   const DropoutDim outer = dims[0], middle = dims[1], inner = dims[2];
   const int64_t tiles = middle.size / kBlockPositions;
-  constexpr int64_t kAhead = 1 * kBlockPositions;
+  constexpr int64_t kChannels = 512;
+  I16 keep[kChannels / kFloats][4];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / tiles, from = unit % tiles * kBlockPositions;
     const T* x = (const T*)work.x + n * outer.x + from * middle.x;
     T* y = (T*)work.y + n * outer.y + from * middle.y;
     const uint64_t i = first + (uint64_t)(n * outer.mask + from);
-    for (int64_t k = 0; k < inner.size; k += kFloats) {
-      I16 keep[4];
-      // Eight rows a few bytes at a time is no pattern that the processor foresees.
-      for (int s = 0; s < kBlockPositions; ++s) {
-        __builtin_prefetch(x + (kAhead + s) * middle.x + k);
+    for (int64_t channel = 0; channel < inner.size; channel += kChannels) {
+      const int64_t channels = inner.size - channel < kChannels ? inner.size - channel : kChannels;
+      for (int64_t k = 0; k < channels; k += kFloats) {
+        stream.columns(i + (uint64_t)((channel + k) * inner.mask), (uint64_t)inner.mask,
+                       keep[k / kFloats]);
       }
-      stream.columns(i + (uint64_t)(k * inner.mask), (uint64_t)inner.mask, keep);
-      for (int v = 0; v < 4; ++v) {
-        const I32 even = (I32)((U32)keep[v] << 16) >> 16, odd = (I32)keep[v] >> 16;
-        const int64_t s = 2 * v;
-        drop_channels<T, kAffine>(x + s * middle.x + k, y + s * middle.y + k, inner.size - k, even,
-                                  c);
-        drop_channels<T, kAffine>(x + (s + 1) * middle.x + k, y + (s + 1) * middle.y + k,
-                                  inner.size - k, odd, c);
+      for (int s = 0; s < kBlockPositions; ++s) {
+        const T* from_x = x + s * middle.x + channel;
+        T* to_y = y + s * middle.y + channel;
+        for (int64_t k = 0; k < channels; k += kFloats) {
+          const U32 lanes = (U32)keep[k / kFloats][s / 2];
+          const I32 mask = (I32)(s % 2 == 0 ? lanes << 16 : lanes) >> 16;
+          drop_channels<T, kAffine>(from_x + k, to_y + k, channels - k, mask, c);
+        }
       }
     }
   }
