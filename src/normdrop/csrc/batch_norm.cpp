@@ -437,7 +437,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
   channels.var =
       to_doubles(training ? std::nullopt : running_var, layout.channels, 0.0, "running_var");
 
-  Tensor y = empty_like(x);
+  Tensor y = new_like(x);
   BatchNormArgs args{};
   args.outer = layout.outer;
   args.channels = layout.channels;
@@ -598,8 +598,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_cpu(
 
   const bool want_x = need_x || need_residual;
   const bool want_sums = need_vectors || (training && need_x);
-  Tensor grad_x = want_x ? empty_like(x) : new_nothing(x, x.scalar_type());
-  Tensor grad_residual = need_residual ? empty_like(x) : new_nothing(x, x.scalar_type());
+  Tensor grad_x = want_x ? new_like(x) : new_nothing(x, x.scalar_type());
+  Tensor grad_residual = need_residual ? new_like(x) : new_nothing(x, x.scalar_type());
   BatchNormArgs args{};
   args.outer = layout.outer;
   args.channels = layout.channels;

@@ -10,6 +10,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace normdrop {
 
 using torch::headeronly::ScalarType;
@@ -67,6 +71,22 @@ inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
   Tensor copy = torch::stable::empty_like(like);
   torch::stable::copy_(copy, t);
   return copy;
+}
+
+// A new tensor like x. Large ones ask for huge pages: where the allocator gives fresh memory, 25 MB
+// in pages of 4 KiB took 18 ms to be mapped, in pages of 2 MiB 5 ms, and the kernel's work is 3 ms.
+inline Tensor new_like(const Tensor& x) {
+  Tensor result = torch::stable::empty_like(x);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(result.data_ptr());
+  const uintptr_t bytes = static_cast<uintptr_t>(result.numel()) * result.element_size();
+  const uintptr_t first = (start + page - 1) / page * page, last = (start + bytes) / page * page;
+  if (last > first + page) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may fail
+  }
+#endif
+  return result;
 }
 
 // Calls run(i) for every task i, each once, on torch's own threads. Which thread takes which task
