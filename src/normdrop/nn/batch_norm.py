@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from normdrop import functional
+from normdrop.nn.tracing import call_as_leaf
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -62,6 +63,9 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """y = activation(BN(input) + residual); the residual has the input's shape."""
+        if isinstance(input, torch.fx.Proxy):
+            others = () if residual is None else (residual,)
+            return cast(Tensor, call_as_leaf(self, input, *others))
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         track = self.training and self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from normdrop import functional
 from normdrop.functional import Scaling
+from normdrop.nn.tracing import call_as_leaf
 
 __all__ = [
     "AlphaDropout",
@@ -82,9 +83,9 @@ class Dropout(_Dropout, torch.nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        return functional.dropout(
-            input, self.p, self.training, self.inplace, scaling=self.scaling
-        )
+        if isinstance(input, torch.fx.Proxy):
+            return cast(Tensor, call_as_leaf(self, input))
+        return functional.dropout(input, self.p, self.training, self.inplace, scaling=self.scaling)
 
 
 class Dropout1d(_Dropout, torch.nn.Dropout1d):
@@ -97,6 +98,8 @@ class Dropout1d(_Dropout, torch.nn.Dropout1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
+        if isinstance(input, torch.fx.Proxy):
+            return cast(Tensor, call_as_leaf(self, input))
         return functional.dropout1d(
             input, self.p, self.training, self.inplace, scaling=self.scaling
         )
@@ -112,6 +115,8 @@ class Dropout2d(_Dropout, torch.nn.Dropout2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
+        if isinstance(input, torch.fx.Proxy):
+            return cast(Tensor, call_as_leaf(self, input))
         return functional.dropout2d(
             input, self.p, self.training, self.inplace, scaling=self.scaling
         )
@@ -127,6 +132,8 @@ class Dropout3d(_Dropout, torch.nn.Dropout3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
+        if isinstance(input, torch.fx.Proxy):
+            return cast(Tensor, call_as_leaf(self, input))
         return functional.dropout3d(
             input, self.p, self.training, self.inplace, scaling=self.scaling
         )
@@ -150,6 +157,8 @@ class AlphaDropout(_Dropout, torch.nn.AlphaDropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
+        if isinstance(input, torch.fx.Proxy):
+            return cast(Tensor, call_as_leaf(self, input))
         return functional.alpha_dropout(input, self.p, self.training)
 
 
@@ -168,4 +177,6 @@ class FeatureAlphaDropout(_Dropout, torch.nn.FeatureAlphaDropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
+        if isinstance(input, torch.fx.Proxy):
+            return cast(Tensor, call_as_leaf(self, input))
         return functional.feature_alpha_dropout(input, self.p, self.training)
