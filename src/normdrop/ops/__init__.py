@@ -15,6 +15,15 @@ import torch
 
 __all__ = ["has_kernels"]
 
+OPERATORS = (
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_update",
+    "dropout",
+    "dropout_into",
+)
+"""What csrc/library.cpp declares."""
+
 
 def _load() -> bool:
     """Load the compiled kernels, which registers torch.ops.normdrop; say so once if there are none.
@@ -30,6 +39,10 @@ def _load() -> bool:
             import_module("normdrop._C")
         else:
             torch.ops.load_library(wanted)
+        # A build that is older than these files would fail later, and less clearly.
+        missing = [name for name in OPERATORS if not hasattr(torch.ops.normdrop, name)]
+        if missing:
+            raise ImportError(f"the build is outdated: it has no {', '.join(missing)}")
     except (ImportError, OSError) as error:
         warnings.warn(
             f"normdrop: the compiled kernels are missing ({error}); everything works on the "
