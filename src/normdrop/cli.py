@@ -47,7 +47,8 @@ def train(
         network: the network.
         recipe: the recipe.
         run: the run.
-        resume: a run folder to go on with; its own options hold.
+        resume: a run folder to go on with; its own options hold, but for
+            --max-time and --no-report.
     """
     from normdrop.training.fit import train
     from normdrop.training.show import conclude

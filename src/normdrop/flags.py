@@ -45,9 +45,9 @@ def parse(
 
         def _get_help_string(self, action: Any) -> str:
             text, default = action.help or "", action.default
-            if default in (None, False, [], inspect.Parameter.empty) or not action.option_strings:
+            if default is None or default is False or not action.option_strings:
                 return text
-            if default == "==SUPPRESS==":
+            if default in ([], inspect.Parameter.empty, "==SUPPRESS=="):
                 return text
             shown = ("yes" if default else "no") if isinstance(default, bool) else str(default)
             return f"{text} (default: {shown})".replace("%", "%%")

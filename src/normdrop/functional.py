@@ -212,7 +212,7 @@ def dropout(
             ``generator`` or from torch's, so that ``torch.manual_seed`` acts as everywhere.
         sample_offset: number of samples of the whole batch that lie before ``input``'s first, so
             that shards of a batch get the shards of its mask.
-        generator: where a seed is drawn from.
+        generator: where a seed is drawn from, if none is given.
         shared_dims: dimensions along which all elements share one draw.
 
     Returns:

@@ -8,6 +8,7 @@ in a compiled graph and in an exported one.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -114,6 +115,8 @@ def make_seed(
                 f"{seed.dtype} of shape {tuple(seed.shape)}"
             )
         return seed.reshape(()).to(x.device, torch.int64)
+    if not isinstance(seed, int):
+        seed = operator.index(seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
     signed = seed if seed < 2**63 else seed - 2**64

@@ -59,7 +59,8 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
 
     Args:
         options: what to train on what; None for the defaults.
-        resume: a run folder to go on with. Its options hold; only max_time may be given anew.
+        resume: a run folder to go on with. Its options hold; only max_time and report may be
+            given anew.
 
     Returns:
         The run folder.

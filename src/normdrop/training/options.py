@@ -146,7 +146,8 @@ class RunOptions:
         name: the run's folder; by default data-model-number, with the next free number.
         runs_dir: the folder that holds the runs.
         seed: of the split, the weights, the order, the augmentation and the dropout.
-        max_time: stop after this long (90s, 20m, 1h30m); the learning rate falls to zero by then.
+        max_time: stop training after this long (90s, 20m, 1h30m), the learning rate falling to
+            zero by then; the last validation and the test come on top.
         devices: processes that share every batch (data parallel).
         accelerator: where to compute; auto takes a GPU if there is one.
         threads: of one process; by default torch's choice.
