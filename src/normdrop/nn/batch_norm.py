@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normdrop import functional
-from normdrop.nn.tracing import call_as_leaf
+from normdrop.nn.tracing import call_as_leaf, is_traced
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -63,7 +63,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """y = activation(BN(input) + residual); the residual has the input's shape."""
-        if isinstance(input, torch.fx.Proxy):
+        if is_traced(input):
             others = () if residual is None else (residual,)
             return cast(Tensor, call_as_leaf(self, input, *others))
         self._check_input_dim(input)  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normdrop import functional
 from normdrop.functional import Scaling
-from normdrop.nn.tracing import call_as_leaf
+from normdrop.nn.tracing import call_as_leaf, is_traced
 
 __all__ = [
     "AlphaDropout",
@@ -83,7 +83,7 @@ class Dropout(_Dropout, torch.nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if isinstance(input, torch.fx.Proxy):
+        if is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.dropout(input, self.p, self.training, self.inplace, scaling=self.scaling)
 
@@ -98,7 +98,7 @@ class Dropout1d(_Dropout, torch.nn.Dropout1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if isinstance(input, torch.fx.Proxy):
+        if is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.dropout1d(
             input, self.p, self.training, self.inplace, scaling=self.scaling
@@ -115,7 +115,7 @@ class Dropout2d(_Dropout, torch.nn.Dropout2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if isinstance(input, torch.fx.Proxy):
+        if is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.dropout2d(
             input, self.p, self.training, self.inplace, scaling=self.scaling
@@ -132,7 +132,7 @@ class Dropout3d(_Dropout, torch.nn.Dropout3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if isinstance(input, torch.fx.Proxy):
+        if is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.dropout3d(
             input, self.p, self.training, self.inplace, scaling=self.scaling
@@ -157,7 +157,7 @@ class AlphaDropout(_Dropout, torch.nn.AlphaDropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if isinstance(input, torch.fx.Proxy):
+        if is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.alpha_dropout(input, self.p, self.training)
 
@@ -177,6 +177,6 @@ class FeatureAlphaDropout(_Dropout, torch.nn.FeatureAlphaDropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if isinstance(input, torch.fx.Proxy):
+        if is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.feature_alpha_dropout(input, self.p, self.training)

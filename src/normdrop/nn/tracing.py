@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["call_as_leaf"]
+__all__ = ["call_as_leaf", "is_traced"]
 
 
-def call_as_leaf(module: torch.nn.Module, input: torch.fx.Proxy, *others: Any) -> Any:
+def is_traced(input: Any) -> bool:
+    """Whether torch.fx is tracing, so that the input is a Proxy instead of a tensor."""
+    return isinstance(input, torch.fx.Proxy)
+
+
+def call_as_leaf(module: torch.nn.Module, input: Any, *others: Any) -> Any:
     """Record a call of the module instead of what it does inside.
 
     torch.fx takes a module as a leaf only if it is defined in torch.nn. Traced through, ours would

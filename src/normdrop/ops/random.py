@@ -9,7 +9,7 @@ in a compiled graph and in an exported one.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def draw_seed(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def make_seed(
-    x: Tensor, seed: int | Tensor | None = None, generator: torch.Generator | None = None
+    x: Tensor, seed: SupportsIndex | Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
     """The seed for x as an int64 scalar tensor on x's device; drawn if none is given."""
     if seed is None:
