@@ -221,7 +221,10 @@ void strided(const DropoutWork& work, const uint64_t* words, int64_t offset, con
       const int64_t count = size - j < 64 ? size - j : 64;
       uint64_t bits = 0;
       if (inner.mask == 1) {
-        bits = read_bits(words, index + j, 32) | read_bits(words, index + j + 32, 32) << 32;
+        bits = read_bits(words, index + j, 32);
+        if (count > 32) {
+          bits |= read_bits(words, index + j + 32, 32) << 32;
+        }
       } else {
         for (int64_t k = 0; k < count; ++k) {
           bits |= read_bits(words, index + (j + k) * inner.mask, 1) << k;
