@@ -1,10 +1,11 @@
-# make train   train a residual network with batch normalization and dropout on real data
-# make test    run all tests
-# make lint    style, types, import rules
-# make bench   measure the kernels against PyTorch's; results in benchmarks/results
-# make wheel   one wheel for every Python from 3.10 and every torch from 2.10
-# make build   build the kernels in place
-# make clean   remove what was built; runs/ stays
+# make train     train a residual network with batch normalization and dropout on real data
+# make test      run all tests
+# make lint      style, types, import rules
+# make bench     measure the kernels against PyTorch's; results in benchmarks/results
+# make wheel     one wheel for every Python from 3.10 and every torch from 2.10
+# make build     build the kernels in place
+# make sanitize  the operator tests on kernels built with sanitizers
+# make clean     remove what was built; runs/ stays
 #
 # Each target sets up what it needs in .venv, pinned by constraints.txt.
 
@@ -66,6 +67,14 @@ $(VENV)/.dev: $(VENV)/.build pyproject.toml setup.py $(CSRC)
 	@echo "Installing normdrop and its development tools"
 	@$(PIP) --no-build-isolation -e '.[train,export,dev]'
 	@touch $@ $(VENV)/.train
+
+# The operator tests on kernels built with address and undefined-behaviour sanitizers.
+sanitize: $(VENV)/.dev
+	NORMDROP_SANITIZE=address,undefined NORMDROP_REQUIRE_KERNELS=1 $(BIN)/python setup.py -q \
+	  build_ext --build-lib build/sanitize --build-temp build/temp.sanitize
+	NORMDROP_KERNELS=$(CURDIR)/build/sanitize/normdrop/_C.abi3.so ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider $(or $(PYTEST_ARGS),tests/ops)
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
