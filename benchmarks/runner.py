@@ -4,9 +4,9 @@ A provider is one way to do the same work. In every round each provider is measu
 random order, so that whatever else the machine does meets all of them alike. What is reported is
 the median, the minimum and the quartiles of at least 30 rounds.
 
-The unit beside milliseconds is the cold copy: the time of ``y.copy_(x)`` for a tensor of the same
-size that is not in the cache. It moves two tensors, one read and one written; so the least that an
-operator must move, its floor, can be written in copies and does not depend on the machine.
+The unit beside milliseconds is the cold copy: the time of ``y.copy_(x)`` for as many bytes, at the
+rate of a tensor of 26 MB that is not in the cache. It moves two tensors, one read and one written;
+so the least that an operator must move, its floor, is a number of copies on every machine.
 """
 
 from __future__ import annotations
