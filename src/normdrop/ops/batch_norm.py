@@ -232,7 +232,7 @@ def _traced(
     )
     if training:
         _update(running_mean, running_var, x, mean, var, momentum, nonfinite)
-    return y
+    return cast(Tensor, y)
 
 
 def _update(
@@ -258,7 +258,7 @@ def _eager(*args: Any) -> Tensor:
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (args[0], args[3], args[4], args[5])
     ):
-        return cast(Tensor, _Eager.apply(*args))
+        return cast(Tensor, cast(Any, _Eager).apply(*args))
     return _Eager.forward(None, *args)
 
 
@@ -431,50 +431,50 @@ def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 
 def _backward_of_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_y, x, mean, var, weight, bias, positive = ctx.saved_tensors
-    again = torch.is_grad_enabled()
+    saved = ctx.saved_tensors
+    mean, var, positive = saved[2], saved[3], saved[6]
     with torch.enable_grad():
-        # Views, so that third derivatives find their way, and leaves where there are none.
-        grad_y, x, weight, bias = (
-            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in (grad_y, x, weight, bias)
-        )
-        statistics = reference.batch_statistics(x) if ctx.training else (mean, var)
-        mean, var = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in statistics)
-        y = reference.batch_norm(x, mean, var, weight, bias, ctx.eps)
+        grad_y, x = _differentiable(saved[0]), _differentiable(saved[1])
+        weight, bias = (None if t is None else _differentiable(t) for t in saved[4:6])
+        if ctx.training:
+            mean, var = reference.batch_statistics(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = reference.batch_norm(x, mean.to(wide), var.to(wide), weight, bias, ctx.eps)
         g = grad_y
         if ctx.slope != 1.0:
             is_positive = unpack_bits(positive, x) if positive.numel() else ~(y <= 0)
             g = torch.where(is_positive, g, ctx.slope * g)
         vectors = [t for t in (weight, bias) if t is not None]
-        first = list(torch.autograd.grad(y, [x, *vectors], g, create_graph=True))
-        outputs = [first.pop(0)]
-        outputs += [first.pop(0) if t is not None else None for t in (weight, bias)]
+        first = iter(torch.autograd.grad(y, [x, *vectors], g, create_graph=True))
+        outputs = [next(first)]
+        outputs += [g if t is None else next(first) for t in (weight, bias)]
         outputs.append(g)
+        # Where there is no weight, or no bias, nothing asked for its gradient.
+        there = (True, weight is not None, bias is not None, True)
         pairs = [
-            (o, v)
-            for o, v in zip(outputs, grads, strict=True)
-            if o is not None and v is not None and v.numel()
+            (output, grad)
+            for output, grad, is_there in zip(outputs, grads, there, strict=True)
+            if is_there and grad is not None and grad.numel()
         ]
-        inputs = [t for t in (grad_y, x, weight, bias) if t is not None]
-        second = (
-            list(
-                torch.autograd.grad(
-                    [o for o, _ in pairs],
-                    inputs,
-                    [v for _, v in pairs],
-                    create_graph=again,
-                    allow_unused=True,
-                )
-            )
-            if pairs
-            else [None] * len(inputs)
+    if not pairs:
+        return (None,) * 13
+    second = iter(
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            [grad_y, x, *vectors],
+            [grad for _, grad in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
         )
-    gg_y, gg_x = second[:2]
-    rest = second[2:]
-    gg_weight = rest.pop(0) if weight is not None else None
-    gg_bias = rest.pop(0) if bias is not None else None
-    return (gg_y, gg_x, None, None, gg_weight, gg_bias, None, None, None, None, None, None, None)
+    )
+    gg_y, gg_x = next(second), next(second)
+    gg_weight, gg_bias = (None if t is None else next(second) for t in (weight, bias))
+    return (gg_y, gg_x, None, None, gg_weight, gg_bias, *(None,) * 7)
+
+
+def _differentiable(t: Tensor) -> Tensor:
+    """A view of t, so that third derivatives find their way to it, or a leaf."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
 def unpack_bits(positive: Tensor, x: Tensor) -> Tensor:
