@@ -21,13 +21,13 @@ SHAPES = [
     pytest.param((2, 3, 2, 2), id="tiny, left to torch"),
     pytest.param((8, 16, 14, 14), id="rows shorter than a block"),
     pytest.param((3, 7, 31, 37), id="primes: no row is a whole number of vectors"),
-    pytest.param((40, 33, 1, 1), id="one pixel, odd channels"),
+    pytest.param((520, 33, 1, 1), id="one pixel, odd channels"),
     pytest.param((2, 3, 96, 100), id="rows longer than a block, fewer channels than threads"),
     pytest.param((1, 1, 130, 131), id="one sample, one channel"),
     pytest.param((300, 70), id="matrix, channels no multiple of a vector"),
     pytest.param((17, 1025), id="matrix, more than one strip of columns"),
-    pytest.param((9, 12, 150), id="sequence"),
-    pytest.param((3, 5, 6, 13, 14), id="volume"),
+    pytest.param((11, 12, 150), id="sequence"),
+    pytest.param((4, 5, 6, 13, 14), id="volume"),
     pytest.param((700, 9, 3), id="rows of 3"),
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -114,7 +114,7 @@ def test_batch_norm_values_and_gradients(shape, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(8, 16, 14, 14), (2, 3, 4, 20, 20), (9, 12, 150), (300, 70)])
+@pytest.mark.parametrize("shape", [(8, 16, 14, 14), (3, 4, 4, 20, 20), (11, 12, 150), (300, 70)])
 def test_batch_norm_keeps_the_layout_that_torch_keeps(shape, layout):
     x = arrange(torch.randn(shape), layout)
     ours = batch_norm(x, None, None, training=True)

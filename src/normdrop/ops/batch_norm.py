@@ -26,7 +26,7 @@ NONFINITE = {"propagate": 0, "skip": 1, "raise": 2}
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 
-_SMALL = 4096
+_SMALL = 16384
 """Elements up to which torch's own operator is as fast: the call is all that counts."""
 
 
