@@ -114,6 +114,8 @@ def make_seed(
                 f"seed must be an integer or an integer tensor with one element, got "
                 f"{seed.dtype} of shape {tuple(seed.shape)}"
             )
+        if seed.dtype is torch.int64 and seed.dim() == 0 and seed.is_cpu and x.is_cpu:
+            return seed
         return seed.reshape(()).to(x.device, torch.int64)
     if not isinstance(seed, int):
         seed = operator.index(seed)
