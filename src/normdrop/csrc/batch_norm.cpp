@@ -170,7 +170,7 @@ struct Channels {
 
   void set_forward(Constants& constants) const {
     const auto count = static_cast<int64_t>(mean.size());
-    parallel_ranges(count, count * 64, [&](int64_t c0, int64_t c1) {
+    parallel_ranges(count, count * 8, [&](int64_t c0, int64_t c1) {
       for (int64_t c = c0; c < c1; ++c) {
         set_forward(c, constants);
       }

@@ -255,8 +255,12 @@ def _update(
 
 def _eager(*args: Any) -> Tensor:
     """The same in eager mode, without the 60 µs that a registered formula costs a call."""
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (args[0], args[3], args[4], args[5])
+    x, _, _, weight, bias, residual, *_ = args
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     ):
         return cast(Tensor, cast(Any, _Eager).apply(*args))
     return _Eager.forward(None, *args)
