@@ -37,14 +37,16 @@ def test_importing_normdrop_does_not_import_torch():
 def test_core_needs_torch_alone():
     """The core imports in a process where the packages of the extras cannot be found."""
     code = """
-import sys
+import importlib.machinery, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {
             "pandas", "sklearn", "matplotlib", "PIL", "pytorch_lightning", "jsonargparse",
             "rich", "safetensors", "jinja2", "yaml",
-        }:
-            raise ModuleNotFoundError(name)
+        }:  # torch asks whether pandas is there, but does not import it
+            return importlib.machinery.ModuleSpec(name, self)
+    def create_module(self, spec):
+        raise ModuleNotFoundError(spec.name)
 sys.meta_path.insert(0, Refuse())
 import torch, normdrop
 from normdrop import functional, inspection, networks, nn, ops

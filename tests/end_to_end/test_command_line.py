@@ -19,6 +19,8 @@ SMALL = [
 
 
 def start(arguments, folder, **options):
+    # A shell starts its background jobs with Ctrl-C ignored, and their children inherit it.
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(
         [sys.executable, "-m", "normdrop", *arguments],
         cwd=folder,
