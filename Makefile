@@ -43,7 +43,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py $(BENCH_ARGS)
 
 wheel: $(VENV)/.build
-	$(BIN)/python -m pip --disable-pip-version-check wheel -q --no-build-isolation --no-deps -w dist .
+	NORMDROP_REQUIRE_KERNELS=1 $(BIN)/python -m pip --disable-pip-version-check wheel -q --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
 build: $(VENV)/.build
