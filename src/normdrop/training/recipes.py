@@ -114,7 +114,9 @@ def in_words() -> str:
         )
 
     width = max(map(len, [*DATA, *FAMILY]))
-    lines = ["Defaults, chosen for two cores without a GPU:"]
+    lines = [
+        "Defaults, chosen for two cores without a GPU; a data set's hold for the model it names:"
+    ]
     lines += [f"  {name:{width}}  {listed(values)}" for name, values in DATA.items()]
     lines += [f"  {name:{width}}  {listed(values)}" for name, values in FAMILY.items()]
     return "\n".join([*lines, f"  {'otherwise':{width}}  {listed(COMMON)}"])
