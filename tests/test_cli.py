@@ -156,6 +156,8 @@ def test_a_flag_overrides_the_file_of_options(parsed, tmp_path, first):
         (["train", "--max-time", "soon"], "Expected max_time such as 90s, 20m or 1h30m"),
         (["train", "--devices", "0"], "Expected devices above 0, but got 0"),
         (["train", "--devices", "99999"], "Expected devices of at most"),
+        (["train", "--name", "."], "Expected name to be a folder's name, but got '.'"),
+        (["train", "--data", ""], "Expected data to be digits, fashion-mnist, a folder or a"),
         (["train", "--name", "a/b"], "Expected name to be a folder's name, but got 'a/b'"),
         (["train", "--data", "nowhere"], "there is nothing at 'nowhere'"),
         (["train", "--data", "fashion_mnist"], "did you mean 'fashion-mnist'?"),

@@ -199,7 +199,9 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> pd.DataFrame:
             frame[name] = frame[name].astype(float)
     if not len(frame) or not len(frame.columns):
         raise UserError(f"table {str(path)!r} has no rows")
-    if all(_is_number(column) for column in frame.columns):
+    # Columns may be named 0, 1, 2; a name such as 0.94 is a sample's value.
+    numbers = [float(column) for column in frame.columns if _is_number(column)]
+    if len(numbers) == len(frame.columns) or any(value % 1 > 0 for value in numbers):
         raise UserError(
             f"table {str(path)!r} must begin with a line of column names, but its first line "
             f"holds numbers; add that line"

@@ -48,6 +48,10 @@ class DataOptions:
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be."""
+        if not self.data.strip():
+            raise UserError(
+                "Expected data to be digits, fashion-mnist, a folder or a table, but got nothing"
+            )
         _check_between("validation", self.validation, 0, 1)
         _check_between("test", self.test, 0, 1)
         if self.validation + self.test >= 1:
@@ -171,7 +175,9 @@ class RunOptions:
             raise UserError(f"Expected seed in [0, 2⁶³), but got {self.seed}")
         if self.max_time is not None:
             seconds(self.max_time)
-        if self.name is not None and (not self.name or set(self.name) & set("/\\\0")):
+        if self.name is not None and (
+            self.name in ("", ".", "..") or set(self.name) & set("/\\\0")
+        ):
             raise UserError(
                 f"Expected name to be a folder's name, but got {self.name!r}; "
                 "choose the folder around it by runs_dir"
