@@ -68,13 +68,14 @@ $(VENV)/.dev: $(VENV)/.build pyproject.toml setup.py $(CSRC)
 	@$(PIP) --no-build-isolation -e '.[train,export,dev]'
 	@touch $@ $(VENV)/.train
 
-# The operator tests on kernels built with address and undefined-behaviour sanitizers.
+# The operator tests on kernels built with address and undefined-behaviour sanitizers; test_build.py
+# would load the ordinary build beside them.
 sanitize: $(VENV)/.dev
 	NORMDROP_SANITIZE=address,undefined NORMDROP_REQUIRE_KERNELS=1 $(BIN)/python setup.py -q \
 	  build_ext --build-lib build/sanitize --build-temp build/temp.sanitize
 	NORMDROP_KERNELS=$(CURDIR)/build/sanitize/normdrop/_C.abi3.so ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider $(or $(PYTEST_ARGS),tests/ops)
+	  $(BIN)/python -m pytest -q -p no:cacheprovider $(or $(PYTEST_ARGS),tests/ops --ignore tests/ops/test_build.py)
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
