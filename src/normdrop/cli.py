@@ -66,6 +66,7 @@ def evaluate(
     *,
     data: str | None = None,
     split: Literal["test", "val", "train"] = "test",
+    flip_test: bool | None = None,
     json: bool = False,
 ) -> None:
     """Test a trained network: accuracy, per class, confusion and calibration.
@@ -74,11 +75,13 @@ def evaluate(
         run: a run folder.
         data: other data to test on, with the classes of the run; by default the run's test split.
         split: which split of the run's own data.
+        flip_test: average the probabilities of an image and of its mirror image; by default as
+            the run was told.
         json: print JSON instead of tables.
     """
     from normdrop.training.show import evaluate
 
-    evaluate(run, data=data, split=split, as_json=json)
+    evaluate(run, data=data, split=split, flip=flip_test, as_json=json)
 
 
 def predict(

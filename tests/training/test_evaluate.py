@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_iris
 
-from normdrop import cli
+from normdrop import cli, data
 from normdrop.errors import UserError
 from normdrop.training.callbacks import COLUMNS
 from normdrop.training.evaluate import evaluate
@@ -42,7 +42,7 @@ def test_a_finished_run_holds_everything(finished_run):
     assert tuple(rows[0]) == COLUMNS
     result = result_of(finished_run)
     assert set(result) == {
-        "split", "count", "accuracy", "accuracy_interval", "loss", "calibration_error",
+        "split", "flip_test", "count", "accuracy", "accuracy_interval", "loss", "calibration_error",
         "per_class", "confusion", "reliability", "epochs", "best_epoch", "train_seconds",
         "parameters", "machine", "command",
     }  # fmt: skip
@@ -89,6 +89,28 @@ def test_evaluate_prints_tables_or_json(finished_run, capsys):
     assert "precision" in shown
     assert cli.main(["evaluate", str(finished_run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["count"] == result_of(finished_run)["count"]
+
+
+def test_mirror_images_are_averaged_where_the_run_or_the_flag_says_so(
+    finished_run, digit_folder, tmp_path
+):
+    network, record = load_network(finished_run)
+    plain = evaluate(finished_run)
+    flipped = evaluate(finished_run, flip=True)
+    assert (plain["flip_test"], flipped["flip_test"]) == (False, True)
+    assert plain["loss"] != flipped["loss"]
+    # The run's own option holds for the test and for predictions.
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    options = (run / "options.yaml").read_text()
+    (run / "options.yaml").write_text(options.replace("flip_test: false", "flip_test: true"))
+    assert evaluate(run)["loss"] == flipped["loss"]
+    assert evaluate(run, flip=False)["loss"] == plain["loss"]
+    file = digit_folder / "0" / "0.png"
+    (_, x), = data.encoder(record["data"]).read([file])  # fmt: skip
+    with torch.no_grad():
+        expected = (network(x[None]).softmax(1) + network(x[None].flip(3)).softmax(1)) / 2
+    shown = list(predictions(run, [file])[0]["probabilities"].values())
+    torch.testing.assert_close(torch.tensor(shown), expected[0])
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -184,6 +206,8 @@ def test_a_table_from_training_to_prediction(iris_run):
     assert evaluate(run, source=str(table))["count"] == 150
     rows = predictions(run, [table])
     assert rows[0]["file"] == f"{table}:1"
+    with pytest.raises(UserError, match="flip_test is for images, but the data is a table"):
+        evaluate(run, source=str(table), flip=True)
     truth = pd.read_csv(table)["target"]
     right = sum(row["class"] == name for row, name in zip(rows, truth, strict=True))
     assert evaluate(run, source=str(table))["accuracy"] == right / 150

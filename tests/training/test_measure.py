@@ -105,5 +105,16 @@ def test_predictions_are_made_in_evaluation_mode():
     assert probabilities.dtype == torch.float32
 
 
+def test_flip_averages_over_each_image_and_its_mirror():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    x = torch.randn(5, 1, 3, 4)
+    labels = torch.zeros(5, dtype=torch.int64)
+    averaged, _ = predict_batches(network, [(x, labels)], flip=True)
+    mirrored = x[..., [3, 2, 1, 0]]
+    expected = (network(x).softmax(1) + network(mirrored).softmax(1)) / 2
+    torch.testing.assert_close(averaged, expected)
+    assert not torch.allclose(averaged, network(x).softmax(1), atol=1e-3)
+
+
 def test_the_machine_is_named():
     assert {"processor", "threads", "torch", "normdrop", "kernels"} == set(machine())

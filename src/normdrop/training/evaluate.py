@@ -14,7 +14,13 @@ from torch import Tensor
 from normdrop import data
 from normdrop.errors import UserError
 from normdrop.files import write_text
-from normdrop.training.measure import count_parameters, machine, measure, predict_batches
+from normdrop.training.measure import (
+    check_flip,
+    count_parameters,
+    machine,
+    measure,
+    predict_batches,
+)
 from normdrop.training.runs import check_same_data, command_to_repeat, load_data, read_options
 from normdrop.training.weights import load_network, save_tensors
 
@@ -24,7 +30,9 @@ MISTAKES = 24
 BATCH = 256
 
 
-def evaluate(run: Path, *, source: str | None = None, split: str = "test") -> dict[str, Any]:
+def evaluate(
+    run: Path, *, source: str | None = None, split: str = "test", flip: bool | None = None
+) -> dict[str, Any]:
     """Test a finished run's network.
 
     Args:
@@ -32,9 +40,11 @@ def evaluate(run: Path, *, source: str | None = None, split: str = "test") -> di
         source: other data with the run's classes: a folder of images by class, a table with the
             run's target column, or the name of a data set. None for the run's own data.
         split: which split of the data: test, val or train.
+        flip: average over each image and its mirror image; None for what the run does.
 
     Returns:
-        What :func:`normdrop.training.measure.measure` gives, with the split and the data's name.
+        What :func:`normdrop.training.measure.measure` gives, with the split, the data's name, and
+        whether mirror images were averaged.
 
     Raises:
         UserError: the run or the data cannot be used.
@@ -53,8 +63,12 @@ def evaluate(run: Path, *, source: str | None = None, split: str = "test") -> di
         datamodule.setup()
         _check_same_kind(datamodule, record)
         name, batches = datamodule.name, _split(datamodule, split)
-    probabilities, labels = predict_batches(network, batches)
-    return {"data": name, "split": split} | measure(probabilities, labels, classes)
+    flip = read_options(run).recipe.flip_test if flip is None else flip
+    if flip:
+        check_flip(record["data"]["kind"])
+    probabilities, labels = predict_batches(network, batches, flip=flip)
+    start = {"data": name, "split": split, "flip_test": flip}
+    return start | measure(probabilities, labels, classes)
 
 
 def finish(
@@ -65,13 +79,15 @@ def finish(
     epochs: int,
     best_epoch: int,
     train_seconds: float,
+    flip: bool = False,
 ) -> dict[str, Any]:
     """Write the weights, test them once, and write what the test says."""
     save_tensors(folder / "weights.safetensors", network.state_dict())
-    probabilities, labels = predict_batches(network, datamodule.test_dataloader())
+    probabilities, labels = predict_batches(network, datamodule.test_dataloader(), flip=flip)
     _write_evaluation(folder, probabilities, labels, datamodule)
     result = {
         "split": "test",
+        "flip_test": flip,
         **measure(probabilities, labels, datamodule.classes),
         "epochs": epochs,
         "best_epoch": best_epoch,

@@ -21,7 +21,7 @@ from normdrop import data, networks
 from normdrop.errors import UserError
 from normdrop.training.callbacks import AtomicCheckpoints, Display, Record, say, silence
 from normdrop.training.evaluate import finish
-from normdrop.training.measure import count_parameters
+from normdrop.training.measure import check_flip, count_parameters
 from normdrop.training.options import Options, RunOptions, seconds
 from normdrop.training.recipes import resolve, resolve_data
 from normdrop.training.runs import (
@@ -84,6 +84,8 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
             shape = datamodule.input_shape
             options = resolve(options, name=datamodule.name, input_shape=shape)
             datamodule.batch_size = cast(int, options.recipe.batch_size)
+        if options.recipe.flip_test:
+            check_flip(datamodule.kind)
         if options.run.threads:
             torch.set_num_threads(options.run.threads)
         torch.manual_seed(step_seed(options.run.seed, -1))
@@ -162,6 +164,7 @@ def _fit(
         epochs=len(last["callbacks"]["Record"]["rows"]),
         best_epoch=last["callbacks"]["Record"]["best_epoch"],
         train_seconds=last["elapsed"],
+        flip=options.recipe.flip_test,
     )
 
 

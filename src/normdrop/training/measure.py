@@ -14,8 +14,16 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
 
 import normdrop
+from normdrop.errors import UserError
 
-__all__ = ["count_parameters", "machine", "measure", "predict_batches", "wilson_interval"]
+__all__ = [
+    "check_flip",
+    "count_parameters",
+    "machine",
+    "measure",
+    "predict_batches",
+    "wilson_interval",
+]
 
 BINS = 15
 
@@ -113,16 +121,33 @@ def _reliability(probabilities: Tensor, labels: Tensor) -> tuple[dict[str, Any],
 
 @torch.no_grad()
 def predict_batches(
-    network: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+    network: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, flip: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The class probabilities (n, k) float32 and the labels (n,) of all batches, in order."""
+    """The class probabilities (n, k) float32 and the labels (n,) of all batches, in order.
+
+    With ``flip`` each row is the mean of the probabilities of an image and of its mirror image.
+    """
     network.eval()
     dtype = next(network.parameters()).dtype
     probabilities, labels = [], []
     for x, y in batches:
-        probabilities.append(network(x.to(dtype)).double().softmax(1).float())
+        views = (x, x.flip(-1)) if flip else (x,)
+        each = [network(view.to(dtype)).double().softmax(1) for view in views]
+        probabilities.append(torch.stack(each).mean(0).float())
         labels.append(y)
     return torch.cat(probabilities), torch.cat(labels)
+
+
+def check_flip(kind: str) -> None:
+    """Raise UserError where there is no mirror image to average with.
+
+    Example:
+        >>> check_flip("table")
+        Traceback (most recent call last):
+        normdrop.errors.UserError: flip_test is for images, but the data is a table; leave it out
+    """
+    if kind != "image":
+        raise UserError(f"flip_test is for images, but the data is a {kind}; leave it out")
 
 
 def count_parameters(network: torch.nn.Module) -> dict[str, int]:

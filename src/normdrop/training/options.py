@@ -114,6 +114,8 @@ class RecipeOptions:
         average: decay of the moving average of the weights that is evaluated; 0 for none.
         precision: type of the computation; bfloat16 mixes with float32.
         channels_last: memory layout of images; faster for convolutions on most processors.
+        flip_test: in the test and in predictions, average the class probabilities of an image and
+            of its mirror image; the validation that chooses the best epoch does not.
     """
 
     epochs: int | None = None
@@ -126,6 +128,7 @@ class RecipeOptions:
     average: float | None = None
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     channels_last: bool | None = None
+    flip_test: bool = False
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be."""

@@ -18,6 +18,7 @@ from normdrop import data
 from normdrop.errors import UserError
 from normdrop.files import write_text
 from normdrop.training.measure import predict_batches
+from normdrop.training.runs import read_options
 from normdrop.training.weights import load_network
 
 __all__ = ["predict", "predictions"]
@@ -58,11 +59,13 @@ def predictions(run: Path, files: Sequence[Path]) -> list[dict[str, Any]]:
     network, record = load_network(run)
     classes = record["network"]["classes"]
     encoder = data.encoder(record["data"])
+    flip = read_options(run).recipe.flip_test
     rows = []
     for pairs in _chunks(encoder.read(list(files)), BATCH):
         names, tensors = zip(*pairs, strict=True)
         x = torch.stack(tensors)
-        probabilities, _ = predict_batches(network, [(x, torch.zeros(len(x), dtype=torch.int64))])
+        batch = (x, torch.zeros(len(x), dtype=torch.int64))
+        probabilities, _ = predict_batches(network, [batch], flip=flip)
         rows += [
             _row(str(name), values, classes)
             for name, values in zip(names, probabilities, strict=True)

@@ -25,13 +25,14 @@ def conclude(folder: Path) -> None:
     say(f"Again:   {result['command']}")
 
 
-def evaluate(run: Path, *, data: str | None, split: str, as_json: bool) -> None:
+def evaluate(run: Path, *, data: str | None, split: str, flip: bool | None, as_json: bool) -> None:
     """Test a run's network and print what comes out."""
-    result = measure_run(run, source=data, split=split)
+    result = measure_run(run, source=data, split=split, flip=flip)
     if as_json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
         return
-    say(f"{run.name} on {result['data']}, {result['split']} split")
+    flipped = ", averaged over mirror images" if result["flip_test"] else ""
+    say(f"{run.name} on {result['data']}, {result['split']} split{flipped}")
     say(
         f"{_accuracy(result)}, loss {result['loss']:.4f}, "
         f"calibration error {result['calibration_error']:.3f}"
