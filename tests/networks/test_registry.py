@@ -46,6 +46,13 @@ def test_the_image_gives_the_channels() -> None:
     assert _build("vgg11", (5, 32, 32)).features[0].in_channels == 5
 
 
+@pytest.mark.parametrize(("side", "kernel"), [(28, 3), (64, 3), (65, 7)])
+def test_small_images_get_the_small_stem_unless_told(side: int, kernel: int) -> None:
+    with torch.device("meta"):
+        assert _build("resnet18", (3, side, 224)).conv1.kernel_size == (kernel, kernel)
+        assert _build("resnet18", (3, side, 224), stem="large").conv1.kernel_size == (7, 7)
+
+
 def test_options_reach_the_network() -> None:
     network = _build("resnet20", width=8, keep_hidden=0.5, input_norm=True, stem_stride=2)
     assert network.conv1.out_channels == 8
@@ -120,7 +127,7 @@ def test_an_mlp_without_hidden_layers_cannot_drop_hidden_values() -> None:
     ("name", "shape", "expected"),
     [
         ("vgg16", (3, 28, 28), "vgg16 takes images of at least 32x32 pixels but got 28x28"),
-        ("resnet18", (3, 8, 8), "resnet18 takes images of at least 17x17 pixels but got 8x8"),
+        ("resnet18", (3, 4, 4), "resnet18 takes images of at least 5x5 pixels but got 4x4"),
         ("resnet20", (3, 2, 8), "resnet20 takes images of at least 3x3 pixels but got 2x8"),
         ("resnet20", (13,), "resnet20 takes images"),
         ("resnet20", (3, 0, 8), "`input_shape` to be a whole number of at least 1 but got 0"),

@@ -19,6 +19,9 @@ from normdrop.networks.wide_resnet import wide_resnet
 
 __all__ = ["available", "build", "options"]
 
+# Images of at most so many pixels get a residual network's small stem.
+SMALL = 64
+
 
 @dataclass(frozen=True)
 class _Family:
@@ -80,7 +83,8 @@ def build(
 
     - ``"mlp"``, whose option ``hidden`` holds the widths of the hidden layers, (256, 256) by
       default; or ``"mlp_1024_1024"``, which names them.
-    - ``"resnet20"`` and any other depth of :func:`normdrop.networks.resnet`.
+    - ``"resnet20"`` and any other depth of :func:`normdrop.networks.resnet`; on images up to 64
+      pixels every depth has the small stem, since the large one would leave little of them.
     - ``"vgg16"``, normalized unless ``norm=False``; ``"vgg16_bn"`` is the same, torchvision's name.
     - ``"wide_resnet28_10"`` and any other depth and width of :func:`normdrop.networks.wide_resnet`.
 
@@ -116,6 +120,8 @@ def build(
         check_image(shape, VGG.least_size, name)
         if match.group(2) and options.get("norm", True) is False:
             raise UserError(f"{name} is the normalized network; for norm=False use {name[:-3]}")
+    if family.factory is resnet and min(shape[1:]) <= SMALL:
+        options = {"stem": "small", **options}
     numbers = [int(number) for number in match.groups() if number and number.isdecimal()]
     network = family.factory(*numbers, classes, in_channels=shape[0], **options)
     check_image(shape, getattr(network, "least_size", 1), name)
