@@ -15,12 +15,78 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 _STATISTICS = ("running_mean", "running_var")
 
+_backward_pass = torch._C._current_graph_task_id
+
+
+def is_recomputation() -> bool:
+    """Whether this forward runs inside a backward pass, as activation checkpointing's second does.
+
+    In compiled code the answer is no: there the compiler recomputes, and knows what it may repeat.
+    """
+    # The compiler cannot trace the second call, so the first stands before it.
+    return not torch.compiler.is_compiling() and _backward_pass() != -1
+
+
+class MicroBatches:
+    r"""What a layer saw in the micro-batches of one optimizer step; see normdrop.accumulate.
+
+    Count n, mean μ and sum of squared deviations M, each (C,) and float64. A micro-batch b adds
+
+    .. math::
+        \delta = \mu_b - \mu, \qquad n' = n + n_b, \qquad \mu' = \mu + \delta \frac{n_b}{n'},
+        \qquad M' = M + M_b + \delta^2 \frac{n\, n_b}{n'}
+
+    Args:
+        channels: C.
+        device: where the layer's running statistics are.
+
+    Reference:
+        Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983.
+    """
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.count = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.mean = torch.zeros_like(self.count)
+        self.squares = torch.zeros_like(self.count)
+
+    @staticmethod
+    def buffers(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Two vectors like these, which momentum 1 makes a batch's mean and unbiased variance.
+
+        A variance that is still −1 afterwards says that the batch was empty or skipped.
+        """
+        return torch.zeros_like(mean), torch.full_like(var, -1.0)
+
+    @torch.no_grad()
+    def add(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Merge the statistics of a micro-batch, its variance unbiased, of count values each."""
+        was_seen = var != -1.0
+        new = was_seen * float(count)
+        total = self.count + new
+        delta = mean.double() - self.mean
+        share = new / total.clamp(min=1.0)
+        self.squares.add_(was_seen * (var.double() * (count - 1) + delta**2 * self.count * share))
+        self.mean.add_(delta * share)
+        self.count.copy_(total)
+
+    @torch.no_grad()
+    def move(self, mean: Tensor, var: Tensor, momentum: float) -> None:
+        """Let the running statistics move once, with all that was merged."""
+        for running, new in ((mean, self.mean), (var, self.squares / (self.count - 1.0))):
+            moved = (1.0 - momentum) * running.double() + momentum * new
+            running.copy_(torch.where(self.count > 0, moved, running.double()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the layer is not part of the step.
+        return type(None), ()
+
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """What the three modules share; see :class:`BatchNorm2d`."""
 
     activation: str | None
     nonfinite: str
+    _micro_batches: MicroBatches | None = None
 
     def __init__(
         self,
@@ -67,18 +133,28 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             others = () if residual is None else (residual,)
             return cast(Tensor, call_as_leaf(self, input, *others))
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        track = self.training and self.track_running_stats
+        mean, var = self.running_mean, self.running_var
         momentum = 0.0 if self.momentum is None else self.momentum
-        if track and self.num_batches_tracked is not None:
+        merging = None
+        if not self.training:
+            pass
+        elif not self.track_running_stats:
+            mean = var = None
+        elif is_recomputation():
+            # Checkpointing wants both passes to save the same: the statistics are given, unmoved.
+            momentum = 0.0
+        elif self._micro_batches is not None and mean is not None and var is not None:
+            merging, momentum = self._micro_batches, 1.0
+            mean, var = merging.buffers(mean, var)
+        elif self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 # Every batch has the same weight: a cumulative average.
                 momentum = 1.0 / float(self.num_batches_tracked)
-        given = track or not self.training
-        return functional.batch_norm(
+        y = functional.batch_norm(
             input,
-            self.running_mean if given else None,
-            self.running_var if given else None,
+            mean,
+            var,
             self.weight,
             self.bias,
             self.training or (self.running_mean is None and self.running_var is None),
@@ -88,6 +164,9 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             activation=self.activation,
             nonfinite=self.nonfinite,
         )
+        if merging is not None and mean is not None and var is not None:
+            merging.add(mean, var, input.numel() // input.shape[1])
+        return y
 
     def extra_repr(self) -> str:
         text = str(super().extra_repr())  # type: ignore[no-untyped-call]
@@ -113,6 +192,11 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     In training μ and the biased σ² come from the batch, and the running statistics move towards
     the batch's mean and unbiased variance; in evaluation the running statistics are used. Those
     stay float32 when the module is converted to float16 or bfloat16.
+
+    A forward inside a backward pass is taken for the recomputation that
+    :func:`torch.utils.checkpoint.checkpoint` makes, and leaves the running statistics and
+    ``num_batches_tracked`` alone: every batch counts once. With gradient accumulation,
+    :func:`normdrop.accumulate` lets them move once for every optimizer step.
 
     Args:
         num_features: C, the number of channels K that are normalized.
