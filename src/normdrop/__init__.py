@@ -7,16 +7,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "describe", "functional", "has_kernels", "networks", "nn"]
+__all__ = [
+    "UserError",
+    "__version__",
+    "accumulate",
+    "describe",
+    "functional",
+    "has_kernels",
+    "networks",
+    "nn",
+]
 
 if TYPE_CHECKING:
     from normdrop import functional, networks, nn
     from normdrop.errors import UserError
     from normdrop.inspection.describe import describe
     from normdrop.ops import has_kernels
+    from normdrop.surgery.accumulate import accumulate
 
 _HOME = {
     "UserError": "normdrop.errors",
+    "accumulate": "normdrop.surgery.accumulate",
     "describe": "normdrop.inspection.describe",
     "functional": "normdrop",
     "has_kernels": "normdrop.ops",
