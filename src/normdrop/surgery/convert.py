@@ -1,0 +1,102 @@
+"""Give an existing model our layers, and take them away again."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+from normdrop.surgery import fusion
+from normdrop.surgery.plan import CLASSES, replaceable
+
+__all__ = ["convert", "revert"]
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
+
+_TORCH = {ours: theirs for theirs, ours in CLASSES.items()}
+
+_NORM = {"activation": None, "nonfinite": "propagate"}
+_DROPOUT = {"scaling": "train"}
+
+
+def convert(model: _Module, *, fuse: bool = True) -> _Module:
+    """Give a model our batch normalization and dropout, in place, and fuse what follows them.
+
+    The layers stay the same objects and get another class: parameters, buffers, hooks, flags and
+    the places where a shared layer stands are what they were, so optimizers and checkpoints go on
+    working. Left as they are: SyncBatchNorm, subclasses, lazy, parametrized and quantized layers,
+    layers whose forward was replaced; :func:`normdrop.plan` names them.
+
+    Where the model's code can be traced, BN → ReLU, BN → add → ReLU and either of them followed by
+    dropout become one operator (also leaky ReLU of slope 0.01, and a mere BN → add). Nothing is
+    fused across a hook or a second use of what lies between. A call that is not as it was when
+    traced (other arguments, a hook or an attribute set since) runs the model's own code.
+
+    Outputs, gradients and running statistics equal the original's up to rounding. Dropout's masks
+    differ from torch's, from which another generator draws them.
+
+    Args:
+        model: any module; it is changed.
+        fuse: fuse batch normalization with what follows it.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU(),
+        ...                             torch.nn.Dropout(0.2))
+        >>> model is convert(model)
+        True
+        >>> type(model[0]), model[2].keep
+        (<class 'normdrop.nn.batch_norm.BatchNorm1d'>, 0.8)
+        >>> type(revert(model)[0])
+        <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
+    """
+    found = fusion.find(model) if fuse else []
+    for module in replaceable(model):
+        # Whatever keeps a reference to the layer goes on meaning the same object.
+        module.__class__ = CLASSES[type(module)]
+        vars(module).update(_extras(module))
+    for scope in found:
+        scope.install()
+    return model
+
+
+def revert(model: _Module) -> _Module:
+    """Give torch's classes back to every layer of ours, and undo the fusion, in place.
+
+    Args:
+        model: a converted model, or one built of our layers.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a layer that does what torch's class cannot: an activation of its own, another
+            ``nonfinite`` than "propagate", another ``scaling`` than "train". Nothing is changed.
+
+    Example:
+        >>> model = convert(torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU()))
+        >>> type(revert(model)[0]) is torch.nn.BatchNorm1d
+        True
+    """
+    ours = [(path, module) for path, module in model.named_modules() if type(module) in _TORCH]
+    for path, module in ours:
+        for name, value in _extras(module).items():
+            if getattr(module, name) != value:
+                raise ValueError(
+                    f"revert: expected layers that torch has as well, got {path or 'the model'} "
+                    f"with {name}={getattr(module, name)!r}; build it with {name}={value!r}"
+                )
+    fusion.remove(model)
+    for _, module in ours:
+        for name in _extras(module):
+            vars(module).pop(name, None)
+        module.__class__ = _TORCH[type(module)]
+    return model
+
+
+def _extras(module: torch.nn.Module) -> dict[str, str | None]:
+    """The attributes that ours have and torch's have not, with what they are by default."""
+    is_norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    return dict(_NORM if is_norm else _DROPOUT)
