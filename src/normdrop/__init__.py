@@ -11,11 +11,14 @@ __all__ = [
     "UserError",
     "__version__",
     "accumulate",
+    "convert",
     "describe",
     "functional",
     "has_kernels",
     "networks",
     "nn",
+    "plan",
+    "revert",
 ]
 
 if TYPE_CHECKING:
@@ -23,16 +26,21 @@ if TYPE_CHECKING:
     from normdrop.errors import UserError
     from normdrop.inspection.describe import describe
     from normdrop.ops import has_kernels
+    from normdrop.surgery.convert import convert, revert
+    from normdrop.surgery.plan import plan
     from normdrop.surgery.accumulate import accumulate
 
 _HOME = {
     "UserError": "normdrop.errors",
     "accumulate": "normdrop.surgery.accumulate",
+    "convert": "normdrop.surgery.convert",
     "describe": "normdrop.inspection.describe",
     "functional": "normdrop",
     "has_kernels": "normdrop.ops",
     "networks": "normdrop",
     "nn": "normdrop",
+    "plan": "normdrop.surgery.plan",
+    "revert": "normdrop.surgery.convert",
 }
 
 
