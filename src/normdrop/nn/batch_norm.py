@@ -132,6 +132,10 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if is_traced(input):
             others = () if residual is None else (residual,)
             return cast(Tensor, call_as_leaf(self, input, *others))
+        return self.normalize(input, residual, self.activation)
+
+    def normalize(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+        """:meth:`forward` with another activation than the module's own, as fused code calls it."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         mean, var = self.running_mean, self.running_var
         momentum = 0.0 if self.momentum is None else self.momentum
@@ -161,7 +165,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             momentum,
             self.eps,
             residual=residual,
-            activation=self.activation,
+            activation=activation,
             nonfinite=self.nonfinite,
         )
         if merging is not None and mean is not None and var is not None:
