@@ -1,29 +1,172 @@
-"""Finding and installing fusions."""
+"""Find what can be fused in a model, and put it there.
+
+A pattern, such as BN → add → ReLU, has a scope: the smallest module in whose forward all of it
+happens. The scope is traced again with everything a leaf but the modules on the way to the
+pattern, for training and for evaluation, and gets a forward of its own that runs the rewritten
+code; see :class:`~normdrop.surgery.fusion_forward.FusedForward`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-__all__ = ["find", "fused_in", "remove"]
+from normdrop.surgery.fusion_forward import Code, FusedForward
+from normdrop.surgery.fusion_modules import is_fusible_norm
+from normdrop.surgery.fusion_patterns import Pattern, find_patterns, participants, rewrite
+from normdrop.surgery.fusion_tracing import (
+    TENSOR,
+    Call,
+    Trace,
+    Untraceable,
+    default_arguments,
+    looks_through,
+    trace,
+)
+
+__all__ = ["Scope", "find", "fused_in", "remove"]
 
 
+@dataclass
 class Scope:
-    def fused(self) -> Iterator[tuple[torch.nn.Module, str]]:
-        return iter(())
+    """A module in whose forward something can be fused."""
+
+    module: torch.nn.Module
+    forward: FusedForward
+
+    def fused(self) -> list[tuple[torch.nn.Module, str]]:
+        """The norms that are fused, with what."""
+        return self.forward.fused
 
     def install(self) -> None:
-        return None
+        """Give the module the fused forward."""
+        vars(self.module)["forward"] = self.forward
+
+
+@dataclass
+class _Place:
+    """What a scope was called with, and the modules between it and its patterns."""
+
+    arguments: tuple[Any, ...]
+    inner: set[torch.nn.Module] = field(default_factory=set)
 
 
 def find(model: torch.nn.Module) -> list[Scope]:
-    return []
+    """All scopes of a model, which stays as it is."""
+    places: dict[torch.nn.Module, _Place] = {}
+    _search(model, places, set())
+    scopes = [_build(module, place) for module, place in places.items()]
+    return [scope for scope in scopes if scope is not None]
 
 
 def fused_in(model: torch.nn.Module) -> Iterator[tuple[int, str]]:
-    return iter(())
+    """The norms that are fused by now, by id, with what."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, FusedForward):
+            yield from ((id(norm), text) for norm, text in forward.fused)
 
 
 def remove(model: torch.nn.Module) -> None:
-    return None
+    """Take the fused forwards away."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), FusedForward):
+            del vars(module)["forward"]
+
+
+def _may_look_into(module: torch.nn.Module) -> bool:
+    return looks_through(module) and _is_own_forward(module)
+
+
+def _is_own_forward(module: torch.nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return forward is None or isinstance(forward, FusedForward)
+
+
+def _has_norm(module: torch.nn.Module) -> bool:
+    return any(is_fusible_norm(inner) for inner in module.modules())
+
+
+def _search(
+    root: torch.nn.Module, places: dict[torch.nn.Module, _Place], done: set[torch.nn.Module]
+) -> None:
+    """Trace a module; where that fails, its children."""
+    if root in done or not _has_norm(root):
+        return
+    done.add(root)
+    visited: set[torch.nn.Module] = set()
+    if looks_through(root, with_hooks=True) and _is_own_forward(root):
+        for training in (True, False):
+            try:
+                found = trace(root, training, default_arguments(root), _may_look_into)
+            except Untraceable:
+                continue
+            for pattern in find_patterns(found):
+                _place(pattern, found, places)
+            visited.update(call.module for calls in found.calls.values() for call in calls)
+    # What was called as a whole, or not at all, is looked at by itself.
+    for child in _outermost(root, visited):
+        _search(child, places, done)
+
+
+def _outermost(root: torch.nn.Module, visited: set[torch.nn.Module]) -> Iterator[torch.nn.Module]:
+    for child in root.children():
+        if child in visited:
+            yield from _outermost(child, visited)
+        else:
+            yield child
+
+
+def _place(pattern: Pattern, found: Trace, places: dict[torch.nn.Module, _Place]) -> None:
+    """Note the scope of a pattern."""
+    chains = [found.calls[node] for node in pattern.nodes()]
+    depth = 0
+    while all(depth < len(chain) and chain[depth] is chains[0][depth] for chain in chains):
+        depth += 1
+    while depth > 1 and not _can_be_scope(chains[0][depth - 1]):
+        depth -= 1
+    call = chains[0][depth - 1]
+    place = places.setdefault(call.module, _Place(call.arguments or ()))
+    place.inner.update(c.module for chain in chains for c in chain[depth:])
+
+
+def _can_be_scope(call: Call) -> bool:
+    return call.arguments is not None and TENSOR in call.arguments
+
+
+def _build(module: torch.nn.Module, place: _Place) -> Scope | None:
+    codes, looked_into, taking_part, fused = {}, {}, {}, {}
+    for training in (True, False):
+        found, patterns = _patterns_of(module, training, place)
+        if found is None:
+            continue
+        for call in (call for calls in found.calls.values() for call in calls):
+            looked_into[call.module] = None
+        taking_part.update(dict.fromkeys(participants(found, patterns)))
+        fused.update({found.modules[p.norm]: p.text() for p in patterns})
+        codes[training] = Code(rewrite(found, patterns))
+    if not codes:
+        return None
+    looked_into.pop(module, None)
+    forward = FusedForward(
+        module, place.arguments, codes, list(looked_into), list(taking_part), list(fused.items())
+    )
+    return Scope(module, forward)
+
+
+def _patterns_of(
+    module: torch.nn.Module, training: bool, place: _Place
+) -> tuple[Trace | None, list[Pattern]]:
+    """The scope traced with as few modules looked into as will do, or else with all."""
+    for looks_into in (place.inner.__contains__, _may_look_into):
+        try:
+            found = trace(module, training, place.arguments, looks_into)
+        except Untraceable:
+            continue
+        patterns = find_patterns(found)
+        if patterns:
+            return found, patterns
+    return None, []

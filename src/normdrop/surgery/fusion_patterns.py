@@ -1,0 +1,223 @@
+"""Where batch normalization is followed by what one operator can do with it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from normdrop.surgery.fusion_call import batch_norm
+from normdrop.surgery.fusion_modules import DROPOUTS, has_hooks, is_fusible_norm
+from normdrop.surgery.fusion_tracing import Trace
+
+__all__ = ["Pattern", "find_patterns", "rewrite"]
+
+_F = torch.nn.functional
+
+_ADD = (operator.add, operator.iadd, torch.add)
+_RELU = (torch.relu, torch.relu_, _F.relu, _F.relu_)
+_LEAKY = (_F.leaky_relu, _F.leaky_relu_)
+
+# Convolutions and products give a tensor that nobody else has.
+_FRESH_MODULES = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
+_FRESH_FUNCTIONS = frozenset(
+    {
+        *(torch.conv1d, torch.conv2d, torch.conv3d, _F.linear, torch.matmul, torch.cat),
+        *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    }
+)
+
+
+@dataclass
+class Pattern:
+    """BN, then perhaps an addition, an activation, dropout: nodes of one graph."""
+
+    norm: Node
+    add: Node | None = None
+    residual: Node | None = None
+    activation: str | None = None
+    act: Node | None = None
+    dropout: Node | None = None
+
+    def nodes(self) -> list[Node]:
+        """Those that are there, in their order."""
+        return [n for n in (self.norm, self.add, self.act, self.dropout) if n is not None]
+
+    def text(self) -> str:
+        """What is fused with the norm."""
+        names = (
+            "add" if self.add else None,
+            self.activation,
+            "dropout" if self.dropout else None,
+        )
+        return "with " + ", ".join(filter(None, names))
+
+
+def find_patterns(trace: Trace) -> list[Pattern]:
+    """All patterns of a graph; none shares a node with another."""
+    found: list[Pattern] = []
+    order = {node: i for i, node in enumerate(trace.graph.nodes)}
+    taken: set[Node] = set()
+    for node in trace.graph.nodes:
+        module = trace.modules.get(node)
+        if module is None or not is_fusible_norm(module) or node.kwargs or len(node.args) != 1:
+            continue
+        if not isinstance(node.args[0], Node):
+            continue
+        pattern = _follow(node, trace, order)
+        # Where both summands are normalized, the first takes the addition.
+        if pattern is not None and pattern.add in taken:
+            pattern = None
+        if pattern is not None:
+            found.append(pattern)
+            taken.update(pattern.nodes())
+    return found
+
+
+def _follow(norm: Node, trace: Trace, order: dict[Node, int]) -> Pattern | None:
+    pattern, last = Pattern(norm), norm
+    user = _only_user(last)
+    if user is not None:
+        residual = _residual(user, last)
+        if residual is not None and _may_wait(norm, user, trace, order):
+            pattern.add, pattern.residual, last = user, residual, user
+            user = _only_user(last)
+    if user is not None:
+        pattern.activation = _activation(user, trace)
+        if pattern.activation is not None:
+            pattern.act, last = user, user
+            user = _only_user(last)
+            if user is not None and _is_dropout(user, trace):
+                pattern.dropout = user
+    return pattern if pattern.add is not None or pattern.act is not None else None
+
+
+def _only_user(node: Node) -> Node | None:
+    """Who uses the node, if one does so once."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    uses: list[Node] = []
+    torch.fx.map_arg((user.args, user.kwargs), uses.append)
+    return user if uses.count(node) == 1 and user.op != "output" else None
+
+
+def _residual(user: Node, norm: Node) -> Node | None:
+    """The other summand, if this is an addition that writes to the norm's output or to nothing."""
+    is_method = user.op == "call_method" and user.target in ("add", "add_")
+    is_function = user.op == "call_function" and user.target in _ADD
+    if not (is_method or is_function) or user.kwargs or len(user.args) != 2:
+        return None
+    first, second = user.args
+    if not (isinstance(first, Node) and isinstance(second, Node)):
+        return None
+    if first is norm:
+        return second
+    return None if _writes(user) else first
+
+
+def _writes(add: Node | None) -> bool:
+    return add is not None and (add.target == "add_" or add.target is operator.iadd)
+
+
+def _activation(user: Node, trace: Trace) -> str | None:
+    if user.op == "call_module":
+        module = trace.modules[user]
+        if len(user.args) != 1 or user.kwargs or "forward" in vars(module) or has_hooks(module):
+            return None
+        if type(module) is torch.nn.ReLU:
+            return "relu"
+        is_leaky = type(module) is torch.nn.LeakyReLU and module.negative_slope == 0.01
+        return "leaky_relu" if is_leaky else None
+    if user.op == "call_method":
+        is_relu = user.target in ("relu", "relu_") and len(user.args) == 1 and not user.kwargs
+        return "relu" if is_relu else None
+    if user.op != "call_function":
+        return None
+    options: dict[str, Any] = dict(user.kwargs)
+    options.pop("inplace", None)
+    if user.target in _RELU:
+        return "relu" if len(user.args) <= 2 and not options else None
+    if user.target in _LEAKY:
+        slope = user.args[1] if len(user.args) > 1 else options.pop("negative_slope", 0.01)
+        return "leaky_relu" if slope == 0.01 and not options else None
+    return None
+
+
+def _is_dropout(user: Node, trace: Trace) -> bool:
+    module = trace.modules.get(user)
+    return (
+        module is not None
+        and type(module) in DROPOUTS
+        and len(user.args) == 1
+        and not user.kwargs
+        and "forward" not in vars(module)
+        and not has_hooks(module)
+    )
+
+
+def _may_wait(norm: Node, add: Node, trace: Trace, order: dict[Node, int]) -> bool:
+    """Whether the norm may be computed as late as the addition: nobody writes to x meanwhile."""
+    x = norm.args[0]
+    between = [n for n in trace.graph.nodes if order[norm] < order[n] < order[add]]
+    # Running statistics move in the order of the calls.
+    if any(trace.modules.get(n) is trace.modules[norm] for n in between):
+        return False
+    if not isinstance(x, Node):
+        return False
+    is_fresh = (x.op == "call_function" and x.target in _FRESH_FUNCTIONS) or (
+        x.op == "call_module" and isinstance(trace.modules[x], _FRESH_MODULES)
+    )
+    return (is_fresh and len(x.users) == 1) or not any(_may_write(n, trace) for n in between)
+
+
+def _may_write(node: Node, trace: Trace) -> bool:
+    if node.op == "call_module":
+        module = trace.modules[node]
+        is_torchs = type(module).__module__.startswith(("torch.nn.modules", "normdrop.nn."))
+        return not is_torchs or has_hooks(module) or bool(getattr(module, "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "_")
+        in_place = name.endswith("_") or name in vars(operator).keys() & _IN_PLACE_NAMES
+        return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    return False
+
+
+_IN_PLACE_NAMES = frozenset(
+    "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
+)
+
+
+def rewrite(trace: Trace, patterns: list[Pattern]) -> Graph:
+    """Put one call in the place of each pattern."""
+    graph = trace.graph
+    for pattern in patterns:
+        place = pattern.add or pattern.norm
+        last = pattern.nodes()[-1]
+        with graph.inserting_before(place):
+            norm = graph.create_node("get_attr", pattern.norm.target)
+            dropout = None
+            if pattern.dropout is not None:
+                dropout = graph.create_node("get_attr", pattern.dropout.target)
+            x, residual, activation = pattern.norm.args[0], pattern.residual, pattern.activation
+            rest = (dropout, True) if _writes(pattern.add) else (dropout,)
+            fused = graph.call_function(batch_norm, (norm, x, residual, activation, *rest))
+        last.replace_all_uses_with(fused)
+        for node in reversed(pattern.nodes()):
+            graph.erase_node(node)
+    graph.lint()
+    return graph
+
+
+def participants(trace: Trace, patterns: list[Pattern]) -> Iterator[torch.nn.Module]:
+    """The modules whose calls the patterns take in."""
+    for pattern in patterns:
+        for node in pattern.nodes():
+            if node in trace.modules:
+                yield trace.modules[node]
