@@ -109,6 +109,16 @@ class FusedForward:
         signature = inspect.signature(type(self.module).forward)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
+    # torch.export and torch.fx look for these on what they take for a method.
+
+    @property
+    def __code__(self) -> Any:
+        return getattr(type(self.module).forward, "__code__", None)
+
+    @property
+    def __globals__(self) -> Any:
+        return getattr(type(self.module).forward, "__globals__", {})
+
     def prepare(self) -> None:
         """Compile the code, and note the facts that it rests on."""
         self._functions = {training: code.compiled() for training, code in self.codes.items()}

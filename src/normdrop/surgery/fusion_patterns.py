@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from normdrop.surgery.fusion_call import batch_norm
 from normdrop.surgery.fusion_modules import DROPOUTS, has_hooks, is_fusible_norm
-from normdrop.surgery.fusion_tracing import Trace
+from normdrop.surgery.fusion_tracing import IN_PLACE, Trace
 
 __all__ = ["Pattern", "find_patterns", "rewrite"]
 
@@ -184,14 +184,9 @@ def _may_write(node: Node, trace: Trace) -> bool:
         return str(node.target).endswith("_")
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "_")
-        in_place = name.endswith("_") or name in vars(operator).keys() & _IN_PLACE_NAMES
+        in_place = name.endswith("_") or name in IN_PLACE
         return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
     return False
-
-
-_IN_PLACE_NAMES = frozenset(
-    "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
-)
 
 
 def rewrite(trace: Trace, patterns: list[Pattern]) -> Graph:

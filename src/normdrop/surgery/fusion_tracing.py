@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normdrop.surgery.fusion_modules import PLAIN, has_hooks, is_plain_tensor_module, patched
 
 __all__ = [
+    "IN_PLACE",
     "TENSOR",
     "Call",
     "Trace",
@@ -38,10 +39,10 @@ __all__ = [
 ]
 
 TENSOR = torch.Tensor
-"""The class stands for an argument that is a tensor, where others are the constants that were given."""
+"""Stands for an argument that is a tensor; the others are the constants that were given."""
 
 
-class Untraceable(Exception):  # noqa: N818
+class Untraceable(Exception):
     """The module does what no graph can repeat."""
 
 
@@ -114,19 +115,24 @@ def trace(
 
 _TENSOR_NAMES = frozenset(dir(torch.Tensor))
 
-_IN_PLACE = (
+IN_PLACE = (
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
     *("iand", "ior", "ixor", "ilshift", "irshift"),
 )
+"""Names in the operator module of what writes to its first argument."""
 
 # What does not give a tensor, of the functions and methods that take one.
 _OTHER_RESULTS = frozenset(
-    "size dim ndimension numel nelement stride item tolist element_size storage_offset get_device "
-    "is_contiguous is_floating_point is_complex is_cuda type data_ptr storage untyped_storage "
-    "split chunk unbind tensor_split hsplit vsplit dsplit split_with_sizes unsafe_chunk "
-    "unsafe_split max min sort topk median nanmedian mode kthvalue cummax cummin aminmax var_mean "
-    "std_mean frexp unique unique_consecutive nonzero svd qr eig eigh lu meshgrid "
-    "broadcast_tensors getattr eq ne lt le gt ge len".split()
+    {
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "item", "tolist", "type"),
+        *("element_size", "storage_offset", "get_device", "data_ptr", "storage", "getattr", "len"),
+        *("is_contiguous", "is_floating_point", "is_complex", "untyped_storage", "unbind"),
+        *("split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "split_with_sizes"),
+        *("unsafe_chunk", "unsafe_split", "max", "min", "sort", "topk", "median", "nanmedian"),
+        *("mode", "kthvalue", "cummax", "cummin", "aminmax", "var_mean", "std_mean", "frexp"),
+        *("unique", "unique_consecutive", "nonzero", "svd", "qr", "eig", "eigh", "lu", "meshgrid"),
+        *("broadcast_tensors", "eq", "ne", "lt", "le", "gt", "ge"),
+    }
 )
 
 
@@ -160,7 +166,7 @@ def _make_in_place(name: str) -> Callable[[Proxy, Any], Proxy]:
     return record
 
 
-for _name in _IN_PLACE:
+for _name in IN_PLACE:
     setattr(_TensorProxy, f"__{_name}__", _make_in_place(_name))
 
 
