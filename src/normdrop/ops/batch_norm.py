@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normdrop.ops import dropout as dropout_ops
-from normdrop.ops import has_kernels, reference
+from normdrop.ops import has_kernels, recompute, reference
 
 __all__ = ["batch_norm"]
 
@@ -168,7 +168,7 @@ def _plain(
     nonfinite: str,
 ) -> Tensor:
     """The same with torch's operator."""
-    if not training or nonfinite == "propagate":
+    if not training or nonfinite == "propagate" or x.numel() == 0:
         return _torch(x, running_mean, running_var, weight, bias, training, momentum, eps)
     y = torch.nn.functional.batch_norm(x, None, None, weight, bias, True, momentum, eps)
     with torch.no_grad():
@@ -266,6 +266,23 @@ def _eager(*args: Any) -> Tensor:
     return _Eager.forward(None, *args)
 
 
+def _again(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    slope: float,
+) -> tuple[Tensor, ...]:
+    """The bits of y once more, from the statistics of the first time."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.normdrop.batch_norm.default(  # type: ignore[no-any-return]
+            x, mean, var, weight, bias, residual, False, eps, slope
+        )[:1]
+
+
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -300,6 +317,10 @@ class _Eager(torch.autograd.Function):
             ctx.save_for_backward(x, mean, var, weight, bias, positive)
             ctx.training, ctx.eps, ctx.slope = training, eps, slope
             ctx.set_materialize_grads(False)
+            recorder = recompute.active()
+            if recorder is not None:
+                vectors = (mean, var, weight, bias)
+                recorder.note(y, _again, (x, *vectors), (residual,), (eps, slope))
         return cast(Tensor, y)
 
     @staticmethod

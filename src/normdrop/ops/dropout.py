@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normdrop.ops import has_kernels, reference
+from normdrop.ops import has_kernels, recompute, reference
 from normdrop.ops.random import keep_mask, make_seed
 
 __all__ = ["alpha_dropout", "dropout", "make_seed"]
@@ -130,6 +130,13 @@ def _gradient_rule(rule: Rule) -> Rule:
     return threshold, scale, 0.0, 0.0, sample_offset, shared_dims
 
 
+def _again(x: Tensor, seed: Tensor, rule: Rule) -> tuple[Tensor, ...]:
+    """The same bits whenever it is called."""
+    z = torch.empty_like(x)
+    torch.ops.normdrop.dropout_into.default(x, seed, *rule, z)
+    return (z,)
+
+
 class _Dropout(torch.autograd.Function):
     """The derivative in eager mode, in place or not; one registered with torch.library costs 5×."""
 
@@ -139,8 +146,12 @@ class _Dropout(torch.autograd.Function):
         ctx.rule = rule
         if inplace:
             ctx.mark_dirty(x)
-        z = x if inplace else torch.empty_like(x)
-        torch.ops.normdrop.dropout_into.default(x, seed, *rule, z)
+        if inplace:
+            torch.ops.normdrop.dropout_into.default(x, seed, *rule, x)
+            return x
+        (z,) = _again(x, seed, rule)
+        if recorder := recompute.active():
+            recorder.note(z, _again, (), (x,), (seed, rule))
         return z
 
     @staticmethod
