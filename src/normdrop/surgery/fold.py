@@ -1,0 +1,274 @@
+"""Fold batch normalization into the convolution or linear layer before it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from normdrop.errors import UserError
+from normdrop.surgery import fusion
+from normdrop.surgery.fold_fuse import fuse
+from normdrop.surgery.fold_layers import AddActivate, become_folded
+from normdrop.surgery.fold_match import OURS, Match, Matches, find_matches, takes_more
+from normdrop.surgery.fold_scopes import Link, TracedForward, find_scopes, link
+
+__all__ = ["FoldPlan", "FoldRow", "fold", "fold_plan"]
+
+Layout = Literal["auto", "channels_last", "keep"]
+
+
+@dataclass(frozen=True)
+class FoldRow:
+    """What becomes of one batch normalization.
+
+    Attributes:
+        path: its name in the model.
+        into: the name of the layer that takes it, or None.
+        why: why it is left; empty if it is folded.
+    """
+
+    path: str
+    into: str | None
+    why: str
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """The rows of :func:`fold_plan`; ``print`` gives a table."""
+
+    rows: tuple[FoldRow, ...]
+
+    @property
+    def folded(self) -> tuple[FoldRow, ...]:
+        """The rows of what is folded."""
+        return tuple(row for row in self.rows if row.into is not None)
+
+    @property
+    def left(self) -> tuple[FoldRow, ...]:
+        """The rows of what is left."""
+        return tuple(row for row in self.rows if row.into is None)
+
+    def __str__(self) -> str:
+        lines = [
+            (row.path or "(model)", f"into {row.into}" if row.into else f"left: {row.why}")
+            for row in self.rows
+        ]
+        width = max((len(path) for path, _ in lines), default=0)
+        total = f"{len(self.folded)} of {len(self.rows)} batch normalizations folded"
+        return "\n".join([*(f"{path:<{width}}  {text}" for path, text in lines), total])
+
+
+def fold_plan(model: torch.nn.Module) -> FoldPlan:
+    """Say what :func:`fold` would do to each batch normalization, and why it would leave one.
+
+    Args:
+        model: any module; it stays as it is.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> print(fold_plan(model))
+        1  into 0
+        1 of 1 batch normalizations folded
+    """
+    return _plan(model, find_matches(model, find_scopes(model)))
+
+
+def _plan(model: torch.nn.Module, matches: Matches) -> FoldPlan:
+    into = {match.norm_path: match.layer_path for match in matches.found}
+    rows = {path: FoldRow(path, into.get(path), "") for path in into}
+    rows.update({path: FoldRow(path, None, why) for path, why in matches.left.items()})
+    order = [name for name, _ in model.named_modules() if name in rows]
+    return FoldPlan(tuple(rows[name] for name in order))
+
+
+def fold(
+    model: torch.nn.Module,
+    example: Any = None,
+    *,
+    inplace: bool = False,
+    fuse_activation: bool = True,
+    layout: Layout = "auto",
+) -> torch.nn.Module:
+    r"""Fold every batch normalization in evaluation mode into the layer before it.
+
+    A convolution or linear layer with weight W (K, …) and bias b (K), and the batch normalization
+    of its K channels, are together one layer of the same kind:
+
+    .. math::
+        W'_k = \frac{\gamma_k}{\sqrt{\sigma_k^2 + \epsilon}} W_k, \qquad
+        b'_k = \frac{\gamma_k}{\sqrt{\sigma_k^2 + \epsilon}} (b_k - \mu_k) + \alpha_k
+
+    with the running mean μ (K) and variance σ² (K). They are computed in float64 and stored in the
+    weight's type, so the model's outputs change by rounding only.
+
+    The result is for inference: it has no batch normalization to train any more. It is a module of
+    the same class, with ``Identity`` (or, for our layers with an activation, a stand-in that adds
+    and activates) where a batch normalization was. The statistics are gone from the state_dict, and
+    a folded layer has a bias. It pickles, copies, saves, compiles and exports.
+
+    On the CPU a 2-D convolution also adds the residual and applies the ReLU, ReLU6, SiLU or
+    hardswish that follow it while it writes its output, by oneDNN's operators. That is done in
+    float32 without autograd, so call the model under ``torch.inference_mode()``; otherwise, and
+    under torch.compile, torch.export and autocast, the same is computed in plain PyTorch.
+
+    Left as they are, and named with the reason by :func:`fold_plan`: batch normalizations in
+    training mode or without running statistics; layers with hooks, of unknown classes, that are
+    used twice or share a parameter; a layer whose output is read by anything else. What follows
+    what is read off ``torch.fx``, for the model, or where it cannot be traced for its children.
+    That is about what the forward calls: whoever calls a part of the model by itself, ending
+    between a convolution and its batch normalization, gets the folded layer's output there.
+
+    Args:
+        model: any module, in evaluation mode.
+        example: an input (a tensor, a tuple of arguments or a dict of keyword arguments) on which
+            the result is compared with the model.
+        inplace: change the model itself instead of a copy.
+        fuse_activation: let convolutions add and activate.
+        layout: ``"channels_last"`` for 2-D convolutions, in which oneDNN is faster; ``"keep"``
+            leaves the layout alone; ``"auto"`` takes channels_last on the CPU. The numbers are the
+            same, only strides change.
+
+    Returns:
+        The folded model.
+
+    Raises:
+        UserError: an unknown layout, or a result that differs on the example.
+
+    Example:
+        >>> from normdrop import networks
+        >>> model = networks.resnet(8, 10).eval()
+        >>> x = torch.randn(2, 3, 32, 32)
+        >>> with torch.inference_mode():
+        ...     bool(torch.allclose(fold(model)(x), model(x), atol=1e-5))
+        True
+
+    Reference:
+        B. Jacob et al.: Quantization and Training of Neural Networks for Efficient
+        Integer-Arithmetic-Only Inference. CVPR 2018 (section 3.2).
+    """
+    if layout not in ("auto", "channels_last", "keep"):
+        raise UserError(
+            f'fold: expected `layout` to be "auto", "channels_last" or "keep" but got {layout!r}'
+        )
+    folded = model if inplace else copy.deepcopy(model)
+    # What convert fused is undone first; a norm that fold leaves keeps its class.
+    fusion.remove(folded)
+    # A copy runs, because a batch normalization that is still in training mode would change.
+    expected = None if example is None else _run(copy.deepcopy(model), example)
+    with torch.inference_mode(False), torch.no_grad():
+        _fold(folded, fuse_activation, layout)
+    if expected is not None:
+        _check(expected, _run(copy.deepcopy(folded), example))
+    return folded
+
+
+def _fold(model: torch.nn.Module, fuse_activation: bool, layout: Layout) -> None:
+    scopes = find_scopes(model)
+    matches = find_matches(model, scopes)
+    fusible = [
+        (scope, node)
+        for scope in scopes
+        for node in scope.graph.find_nodes(op="call_module")
+        if takes_more(scope, node, matches)
+    ]
+    replaced: dict[int, list[Link]] = {id(scope): [] for scope in scopes}
+    for match in matches.found:
+        replaced[id(match.scope)].append(_fold_one(match))
+    if not fuse_activation:
+        return
+    for scope, node in fusible:
+        layer = scope.at(node.target)
+        on_cpu = next(layer.parameters()).device.type == "cpu"
+        become_folded(
+            layer, channels_last=layout == "channels_last" or (layout == "auto" and on_cpu)
+        )
+    for scope in scopes:
+        links = replaced[id(scope)]
+        if fuse(scope, matches):
+            layers = [
+                link(scope.module, str(node.target)) for owner, node in fusible if owner is scope
+            ]
+            scope.module.forward = TracedForward(  # type: ignore[method-assign]
+                scope.module, scope.graph, scope.inlined, [*layers, *links]
+            )
+
+
+def _fold_one(match: Match) -> Link:
+    """Fold one batch normalization; give the place of what stands where it was."""
+    layer, norm = match.layer, match.norm
+    scale, shift = _scale_and_shift(norm)
+    weight = layer.weight.detach().double()
+    layer.weight.copy_(weight * _along_outputs(layer, scale))
+    bias = shift if layer.bias is None else shift + scale * layer.bias.detach().double()
+    if layer.bias is None:
+        value = bias.to(layer.weight.dtype)
+        layer.bias = torch.nn.Parameter(value, requires_grad=layer.weight.requires_grad)
+    else:
+        layer.bias.copy_(bias)
+    if isinstance(layer, torch.nn.Linear):
+        become_folded(layer, channels_last=False)
+    stand_in = AddActivate(norm.activation) if type(norm) in OURS else torch.nn.Identity()
+    stand_in.training = norm.training
+    parent, name, _ = link(match.scope.module, str(match.norm_node.target))
+    setattr(parent, name, stand_in)
+    return parent, name, stand_in
+
+
+def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    """Give γ/√(σ² + ε) and α − μγ/√(σ² + ε), in float64."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return scale, shift
+
+
+def _along_outputs(layer: Any, scale: Tensor) -> Tensor:
+    """Shape a vector of the outputs so that it multiplies the weight.
+
+    A transposed convolution's weight is (C, K / groups, …): its inputs lie group after group along
+    the first dimension, so the scale differs from group to group.
+    """
+    weight = layer.weight
+    sides = (1,) * (weight.dim() - 2)
+    if not getattr(layer, "transposed", False):
+        return scale.view(-1, 1, *sides)
+    by_group = scale.view(layer.groups, 1, -1)
+    inputs = weight.shape[0] // layer.groups
+    return by_group.expand(-1, inputs, -1).reshape(weight.shape[0], -1, *sides)
+
+
+def _run(model: torch.nn.Module, example: Any) -> list[Tensor]:
+    """Give the tensors that the model gives for an example."""
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        if isinstance(example, Mapping):
+            output = model(**example)
+        elif isinstance(example, (tuple, list)):
+            output = model(*example)
+        else:
+            output = model(example)
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _check(expected: Sequence[Tensor], got: Sequence[Tensor]) -> None:
+    """Raise UserError where the folded model does another thing than the model."""
+    for want, have in zip(expected, got, strict=True):
+        if want.numel() == 0 or not want.is_floating_point():
+            continue
+        difference = float((have.double() - want.double()).abs().max())
+        allowed = torch.finfo(want.dtype).eps ** 0.5 * float(want.double().abs().max())
+        if not difference <= allowed:
+            raise UserError(
+                f"fold: expected the folded model to agree with the model within {allowed:.2g} on "
+                f"the example, but they differ by {difference:.2g}; torch.fx may have recorded "
+                "another path through its forward than the one that the example takes"
+            )
