@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from normdrop.errors import UserError
     from normdrop.inspection.describe import describe
     from normdrop.ops import has_kernels
+    from normdrop.surgery.accumulate import accumulate
     from normdrop.surgery.convert import convert, revert
     from normdrop.surgery.plan import plan
-    from normdrop.surgery.accumulate import accumulate
 
 _HOME = {
     "UserError": "normdrop.errors",
