@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(normdrop, m) {
   // nonfinite: 0 propagates, 1 skips the update, 2 raises.
   m.def(
       "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
-      "Tensor var, int count, float momentum, int nonfinite) -> ()");
+      "Tensor var, SymInt count, float momentum, int nonfinite) -> ()");
 
   // Dropout (dropout.cpp).
   //

@@ -192,6 +192,7 @@ def _may_write(node: Node, trace: Trace) -> bool:
 def rewrite(trace: Trace, patterns: list[Pattern]) -> Graph:
     """Put one call in the place of each pattern."""
     graph = trace.graph
+    replaced: dict[Node, Node] = {}
     for pattern in patterns:
         place = pattern.add or pattern.norm
         last = pattern.nodes()[-1]
@@ -201,9 +202,12 @@ def rewrite(trace: Trace, patterns: list[Pattern]) -> Graph:
             if pattern.dropout is not None:
                 dropout = graph.create_node("get_attr", pattern.dropout.target)
             x, residual, activation = pattern.norm.args[0], pattern.residual, pattern.activation
+            if residual in replaced:  # by a pattern before, as in a residual network
+                residual = replaced[residual]
             rest = (dropout, True) if _writes(pattern.add) else (dropout,)
             fused = graph.call_function(batch_norm, (norm, x, residual, activation, *rest))
         last.replace_all_uses_with(fused)
+        replaced[last] = fused
         for node in reversed(pattern.nodes()):
             graph.erase_node(node)
     graph.lint()
