@@ -76,6 +76,16 @@ def test_dropout_equals_reference_in_every_layout(shape, keep):
         assert z.stride() == torch.empty_like(y).stride() or z.numel() == 0
 
 
+@pytest.mark.parametrize("channels", [64, 33])  # with 33 the rows do not begin at whole vectors
+def test_dropout_past_the_cache(channels):
+    """Results of 16 MiB and more are stored around the cache, where memory is aligned."""
+    x = torch.randn(8, channels, 128, 128)
+    assert x.numel() * x.element_size() >= 1 << 24
+    expected = with_reference(x, 0.7, 23)
+    for y in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert same(functional.dropout(y, keep=0.7, seed=23), expected)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(1001,), (3, 20, 5, 5)])
 def test_dropout_equals_reference_in_every_type(dtype, shape):

@@ -29,24 +29,74 @@ struct Coefficients {
       : scale(splat<V>(work.scale)), shift(splat<V>(work.shift)), fill(splat<V>(work.fill)) {}
 };
 
-// One vector: mask is all ones where x is kept.
+// The mask of one vector of T: a register of bits where there are such, else all ones in a lane
+// that is kept.
+#if defined(__AVX512F__)
+template <int width>
+struct LaneMaskOf;
+template <>
+struct LaneMaskOf<16> {
+  typedef __mmask16 type;
+};
+template <>
+struct LaneMaskOf<8> {
+  typedef __mmask8 type;
+};
+template <class T>
+using LaneMask = typename LaneMaskOf<Lanes<T>::width>::type;
+
+// Keeps the compiler from joining the load of x with what masks it: from memory that is not in the
+// cache, Zen 5 took three times as long for a masked load as for a whole one.
+template <class V>
+NORMDROP_INLINE V as_loaded(V x) {
+  asm("" : "+v"(x));
+  return x;
+}
+
+NORMDROP_INLINE F32 select(__mmask16 mask, F32 a, F32 b) {
+  return (F32)_mm512_mask_mov_ps((__m512)b, mask, (__m512)a);
+}
+NORMDROP_INLINE F64 select(__mmask8 mask, F64 a, F64 b) {
+  return (F64)_mm512_mask_mov_pd((__m512d)b, mask, (__m512d)a);
+}
+NORMDROP_INLINE F32 keep_where(__mmask16 mask, F32 a) {
+  return (F32)_mm512_maskz_mov_ps(mask, (__m512)a);
+}
+NORMDROP_INLINE F64 keep_where(__mmask8 mask, F64 a) {
+  return (F64)_mm512_maskz_mov_pd(mask, (__m512d)a);
+}
+#else
+template <class T>
+using LaneMask = typename Lanes<T>::Mask;
+
+template <class V>
+NORMDROP_INLINE V as_loaded(V x) {
+  return x;
+}
+#endif
+
 template <class T, bool kAffine>
-NORMDROP_INLINE typename Lanes<T>::V drop(typename Lanes<T>::V x, typename Lanes<T>::Mask mask,
-                                          const Coefficients<T>& c) {
-  using V = typename Lanes<T>::V;
-  using Mask = typename Lanes<T>::Mask;
+NORMDROP_INLINE
+    typename Lanes<T>::V drop(typename Lanes<T>::V x, LaneMask<T> mask, const Coefficients<T>& c) {
+  const auto loaded = as_loaded(x);
   if constexpr (kAffine) {
-    return (V)((mask & (Mask)(x * c.scale + c.shift)) | (~mask & (Mask)c.fill));
+    return select(mask, loaded * c.scale + c.shift, c.fill);
   } else {
-    return (V)(mask & (Mask)(x * c.scale));
+    return keep_where(mask, loaded * c.scale);
   }
 }
 
+// Mask of vector number `part` of a word.
+#if defined(__AVX512F__)
+template <class T>
+NORMDROP_INLINE LaneMask<T> mask_of_part(const WordMask& word, int part) {
+  constexpr int width = Lanes<T>::width, parts = kShorts / width;
+  return (LaneMask<T>)(word.of[part / parts] >> part % parts * width);
+}
+#else
 // Sixteen bits to a lane of 32 or 64. GCC 12 converts in two halves where one instruction does it.
 NORMDROP_INLINE I32 widen_to(const void* from, I32) {
-#if defined(__AVX512F__)
-  return (I32)_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)from));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return (I32)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)from));
 #else
   return __builtin_convertvector(load_vector<I16Half>(from), I32);
@@ -54,9 +104,7 @@ NORMDROP_INLINE I32 widen_to(const void* from, I32) {
 }
 
 NORMDROP_INLINE I64 widen_to(const void* from, I64) {
-#if defined(__AVX512F__)
-  return (I64)_mm512_cvtepi16_epi64(_mm_loadu_si128((const __m128i*)from));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return (I64)_mm256_cvtepi16_epi64(_mm_loadl_epi64((const __m128i*)from));
 #else
   typedef int16_t I16Quarter __attribute__((vector_size(kVectorBytes / 4)));
@@ -64,35 +112,78 @@ NORMDROP_INLINE I64 widen_to(const void* from, I64) {
 #endif
 }
 
-// Mask of vector number `part` of a word, widened to T's lanes.
 template <class T>
-NORMDROP_INLINE typename Lanes<T>::Mask widen_mask(const WordMask& word, int part) {
-  const char* from = (const char*)word.of + part * Lanes<T>::width * 2;
-  return widen_to(from, typename Lanes<T>::Mask{});
+NORMDROP_INLINE LaneMask<T> mask_of_part(const WordMask& word, int part) {
+  return widen_to((const char*)word.of + part * Lanes<T>::width * 2, LaneMask<T>{});
 }
+#endif
+
+template <class T, bool kStream>
+NORMDROP_INLINE void put(T* y, typename Lanes<T>::V v) {
+  if constexpr (kStream) {
+    Lanes<T>::stream(y, v);
+  } else {
+    Lanes<T>::store(y, v);
+  }
+}
+
+// bfloat16 by pairs, which 32 bits hold: the even one is a float after a shift, the odd one as it
+// is. So nothing has to be widened, narrowed or brought into another order. Rounds to nearest even.
+// NaN needs no care: its lower 16 bits are x's, zero, and rounding carries nothing into the upper.
+NORMDROP_INLINE U32 scale_pairs(U32 x, F32 scale) {
+  const U32 even = (U32)((F32)(x << 16) * scale), odd = (U32)((F32)(x & 0xFFFF0000) * scale);
+  const U32 low = even + 0x7FFF + ((even >> 16) & 1), high = odd + 0x7FFF + ((odd >> 16) & 1);
+  return low >> 16 | (high & 0xFFFF0000);
+}
+
+NORMDROP_INLINE U32 keep_shorts(ShortMask mask, U32 x) {
+#if defined(__AVX512F__)
+  return (U32)_mm512_maskz_mov_epi16(mask, (__m512i)x);
+#else
+  return (U32)mask & x;
+#endif
+}
+
+template <class T>
+constexpr bool kIsBfloat16 = false;
+template <>
+constexpr bool kIsBfloat16<bfloat16> = true;
 
 template <class T, bool kAffine, bool kStream>
 NORMDROP_INLINE void drop_word(const T* x, T* y, const WordMask& mask, const Coefficients<T>& c) {
-  constexpr int width = Lanes<T>::width;
-  for (int part = 0; part < 64 / width; ++part) {
-    const auto v = drop<T, kAffine>(Lanes<T>::load(x + part * width), widen_mask<T>(mask, part), c);
-    if constexpr (kStream) {
-      Lanes<T>::stream(y + part * width, v);
-    } else {
-      Lanes<T>::store(y + part * width, v);
+  if constexpr (kIsBfloat16<T> && !kAffine) {
+    NORMDROP_UNROLL
+    for (int v = 0; v < kMaskVectors; ++v) {
+      const U32 pairs = load_vector<U32>(x + v * kShorts);
+      const U32 kept = keep_shorts(mask.of[v], scale_pairs(pairs, c.scale));
+      if constexpr (kStream) {
+        stream_vector(y + v * kShorts, kept);
+      } else {
+        store_vector(y + v * kShorts, kept);
+      }
+    }
+  } else {
+    constexpr int width = Lanes<T>::width;
+    NORMDROP_UNROLL
+    for (int part = 0; part < 64 / width; ++part) {
+      const auto v = Lanes<T>::load(x + part * width);
+      put<T, kStream>(y + part * width, drop<T, kAffine>(v, mask_of_part<T>(mask, part), c));
     }
   }
 }
 
-// Bit j of `bits` spread over lane j.
+// Lane j from bit j of `bits`.
 template <class T>
-NORMDROP_INLINE typename Lanes<T>::Mask mask_of_bits(uint64_t bits) {
-  using Mask = typename Lanes<T>::Mask;
-  Mask lane = {};
+NORMDROP_INLINE LaneMask<T> mask_of_bits(uint64_t bits) {
+#if defined(__AVX512F__)
+  return (LaneMask<T>)bits;
+#else
+  LaneMask<T> lane = {};
   for (int j = 0; j < Lanes<T>::width; ++j) {
     lane[j] = 1 << j;
   }
-  return (Mask)((((Mask){} + (int32_t)(uint32_t)bits) & lane) == lane);
+  return (LaneMask<T>)(((LaneMask<T>{} + (int32_t)(uint32_t)bits) & lane) == lane);
+#endif
 }
 
 // `count` <= 64 elements beside each other, bit j for element j.
@@ -128,9 +219,8 @@ void drop_apart(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t co
 // A row of which everything is kept, or nothing.
 template <class T, bool kAffine>
 void drop_row(const T* x, T* y, int64_t count, bool keep, const Coefficients<T>& c) {
-  using Mask = typename Lanes<T>::Mask;
   constexpr int width = Lanes<T>::width;
-  const Mask mask = keep ? ~(Mask){} : (Mask){};
+  const LaneMask<T> mask = mask_of_bits<T>(keep ? ~(uint64_t)0 : 0);
   int64_t j = 0;
   for (; j + width <= count; j += width) {
     Lanes<T>::store(y + j, drop<T, kAffine>(Lanes<T>::load(x + j), mask, c));
@@ -239,14 +329,23 @@ void strided(const DropoutWork& work, const uint64_t* words, int64_t offset, con
   }
 }
 
-// Bit `shift` of each lane's 32 bits, spread over the lane of T.
+// Lane k from bit `shift` of tile[k].
 template <class T>
-NORMDROP_INLINE typename Lanes<T>::Mask mask_of_bit(const uint32_t* tile, int shift) {
+NORMDROP_INLINE LaneMask<T> mask_of_bit(const uint32_t* tile, int shift) {
+#if defined(__AVX512F__)
+  if constexpr (Lanes<T>::width == kFloats) {
+    return _mm512_test_epi32_mask(_mm512_loadu_si512(tile), _mm512_set1_epi32((int)(1u << shift)));
+  } else {
+    return _mm256_test_epi32_mask(_mm256_loadu_si256((const __m256i*)tile),
+                                  _mm256_set1_epi32((int)(1u << shift)));
+  }
+#else
   if constexpr (Lanes<T>::width == kFloats) {
     return (I32)(load_vector<U32>(tile) << (31 - shift)) >> 31;
   } else {
     return __builtin_convertvector(load_vector<I32Half>(tile) << (31 - shift) >> 31, I64);
   }
+#endif
 }
 
 template <class T, bool kAffine>
@@ -293,7 +392,16 @@ void transposed(const DropoutWork& work, const uint64_t* words, int64_t offset,
   }
 }
 
-// Lanes of T from the 32-bit lanes of mask, vector number `part`.
+// Of kFloats channels, vector number `part` of T: the masks of one position. `pairs` is from
+// KeepStream::columns; the position's 16 bits are the lower or the upper ones.
+#if defined(__AVX512F__)
+template <class T>
+NORMDROP_INLINE LaneMask<T> mask_of_position(const I16& pairs, bool is_upper, int part) {
+  const int bit = is_upper ? 1 << 16 : 1;
+  return (LaneMask<T>)(_mm512_test_epi32_mask((__m512i)pairs, _mm512_set1_epi32(bit)) >>
+                       part * Lanes<T>::width);
+}
+#else
 NORMDROP_INLINE I32 lanes_of(I32 mask, int, I32) { return mask; }
 
 NORMDROP_INLINE I64 lanes_of(I32 mask, int part, I64) {
@@ -302,17 +410,25 @@ NORMDROP_INLINE I64 lanes_of(I32 mask, int part, I64) {
                                  I64);
 }
 
+template <class T>
+NORMDROP_INLINE LaneMask<T> mask_of_position(const I16& pairs, bool is_upper, int part) {
+  const U32 lanes = (U32)pairs;
+  return lanes_of((I32)(is_upper ? lanes : lanes << 16) >> 16, part, LaneMask<T>{});
+}
+#endif
+
 // kFloats channels of one position; `count` of them exist.
-template <class T, bool kAffine>
-NORMDROP_INLINE void drop_channels(const T* x, T* y, int64_t count, I32 mask,
+template <class T, bool kAffine, bool kStream>
+NORMDROP_INLINE void drop_channels(const T* x, T* y, int64_t count, const I16& pairs, bool is_upper,
                                    const Coefficients<T>& c) {
   constexpr int width = Lanes<T>::width;
+  NORMDROP_UNROLL
   for (int part = 0; part < kFloats / width; ++part) {
-    const auto lanes = lanes_of(mask, part, typename Lanes<T>::Mask{});
+    const auto lanes = mask_of_position<T>(pairs, is_upper, part);
     const T* from = x + part * width;
     const int64_t rest = count - part * width;
     if (__builtin_expect(rest >= width, 1)) {
-      Lanes<T>::store(y + part * width, drop<T, kAffine>(Lanes<T>::load(from), lanes, c));
+      put<T, kStream>(y + part * width, drop<T, kAffine>(Lanes<T>::load(from), lanes, c));
     } else if (rest > 0) {
       const auto v = drop<T, kAffine>(load_first<T>(from, rest), lanes, c);
       store_first<T>(y + part * width, v, rest);
@@ -320,9 +436,9 @@ NORMDROP_INLINE void drop_channels(const T* x, T* y, int64_t count, I32 mask,
   }
 }
 
-template <class T, bool kAffine>
-void transposed_blocks(const DropoutWork& work, const KeepRule& rule, uint64_t first,
-                       const DropoutDim* dims, int64_t begin, int64_t end) {
+template <class T, bool kAffine, bool kStream>
+void walk_blocks(const DropoutWork& work, const KeepRule& rule, uint64_t first,
+                 const DropoutDim* dims, int64_t begin, int64_t end) {
   const KeepStream stream(rule);
   const Coefficients<T> c(work);
   const DropoutDim outer = dims[0], middle = dims[1], inner = dims[2];
@@ -344,12 +460,30 @@ void transposed_blocks(const DropoutWork& work, const KeepRule& rule, uint64_t f
         const T* from_x = x + s * middle.x + channel;
         T* to_y = y + s * middle.y + channel;
         for (int64_t k = 0; k < channels; k += kFloats) {
-          const U32 lanes = (U32)keep[k / kFloats][s / 2];
-          const I32 mask = (I32)(s % 2 == 0 ? lanes << 16 : lanes) >> 16;
-          drop_channels<T, kAffine>(from_x + k, to_y + k, channels - k, mask, c);
+          drop_channels<T, kAffine, kStream>(from_x + k, to_y + k, channels - k,
+                                             keep[k / kFloats][s / 2], s % 2 != 0, c);
         }
       }
     }
+  }
+}
+
+// Whether all rows of channels of y begin where a vector may be stored past the cache.
+template <class T>
+bool is_aligned(const T* y, const DropoutDim* dims) {
+  const int64_t vector = kVectorBytes / (int64_t)sizeof(T);
+  return (uintptr_t)y % kVectorBytes == 0 && (dims[0].size == 1 || dims[0].y % vector == 0) &&
+         dims[1].y % vector == 0;
+}
+
+template <class T, bool kAffine>
+void transposed_blocks(const DropoutWork& work, const KeepRule& rule, uint64_t first,
+                       const DropoutDim* dims, int64_t begin, int64_t end) {
+  if (work.stream && is_aligned((const T*)work.y, dims)) {
+    walk_blocks<T, kAffine, true>(work, rule, first, dims, begin, end);
+    stream_fence();
+  } else {
+    walk_blocks<T, kAffine, false>(work, rule, first, dims, begin, end);
   }
 }
 

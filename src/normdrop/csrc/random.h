@@ -172,10 +172,26 @@ NORMDROP_INLINE bool any(I16 mask) {
 
 // ---- KeepStream ---------------------------------------------------------------------------------
 
-// For each of 64 elements 0xFFFF if it is kept, else 0; vector v holds elements from v * 64 /
-// kMaskVectors on.
+// Which of 64 elements are kept; part v holds those from v * kShorts on. A part is a register of
+// bits where there are such, else a vector with 0xFFFF for an element that is kept.
+constexpr int kShorts = kVectorBytes / 2;
+
+#if defined(__AVX512F__)
+typedef __mmask32 ShortMask;
+
+NORMDROP_INLINE ShortMask is_less(I16 a, I16 b) {
+  return _mm512_cmplt_epi16_mask((__m512i)a, (__m512i)b);
+}
+NORMDROP_INLINE void set_lane(ShortMask& mask, int lane) { mask |= (ShortMask)1 << lane; }
+#else
+typedef I16 ShortMask;
+
+NORMDROP_INLINE ShortMask is_less(I16 a, I16 b) { return a < b; }
+NORMDROP_INLINE void set_lane(ShortMask& mask, int lane) { mask[lane] = -1; }
+#endif
+
 struct WordMask {
-  I16 of[kMaskVectors];
+  ShortMask of[kMaskVectors];
 };
 
 struct KeepStream {
@@ -215,6 +231,7 @@ struct KeepStream {
     U64 c1 = p1;
     c2 = p0 ^ ((scalar >> 32) ^ key1[1]);
     U64 c3 = (U64){} + scalar;
+    NORMDROP_UNROLL
     for (int round = 2; round < kPhiloxRounds - 1; ++round) {
       p0 = multiply_low_halves(c0, (U64){} + kPhiloxFactor0);
       p1 = multiply_low_halves(c2, (U64){} + kPhiloxFactor1);
@@ -241,19 +258,31 @@ struct KeepStream {
   __attribute__((always_inline)) WordMask masks(uint64_t word) const {
     WordMask keep;
     I16 random[kMaskVectors];
+    NORMDROP_UNROLL
     for (int i = 0; i < kDraws; ++i) {
       draw(8 * word + (uint64_t)(i * kBlocks), random[2 * i], random[2 * i + 1]);
     }
+    NORMDROP_UNROLL
     for (int v = 0; v < kMaskVectors; ++v) {
-      keep.of[v] = random[v] < threshold;
+      keep.of[v] = is_less(random[v], threshold);
     }
     if (rule.lower != 0) {
       I16 equal = random[0] == threshold;
+      NORMDROP_UNROLL
       for (int v = 1; v < kMaskVectors; ++v) {
         equal |= random[v] == threshold;
       }
       if (__builtin_expect(any(equal), 0)) {
-        refine(rule, word, keep.of, random);
+        I16 copy[kMaskVectors];  // lets `random` itself stay in registers
+        NORMDROP_UNROLL
+        for (int v = 0; v < kMaskVectors; ++v) {
+          copy[v] = random[v];
+        }
+        const WordMask decided = refine(rule, word, copy);
+        NORMDROP_UNROLL
+        for (int v = 0; v < kMaskVectors; ++v) {
+          keep.of[v] |= decided.of[v];
+        }
       }
     }
     return keep;
@@ -297,8 +326,7 @@ struct KeepStream {
     const WordMask keep = masks(word);
     uint64_t result = 0;
 #if defined(__AVX512F__)
-    result = (uint64_t)_mm512_movepi16_mask((__m512i)keep.of[0]) |
-             (uint64_t)_mm512_movepi16_mask((__m512i)keep.of[1]) << 32;
+    result = (uint64_t)keep.of[0] | (uint64_t)keep.of[1] << 32;
 #elif defined(__AVX2__)
     for (int i = 0; i < 2; ++i) {
       const __m256i packed =
@@ -325,15 +353,18 @@ struct KeepStream {
   }
 
  private:
-  // Decides by stream 1 the elements whose 16 bits equal the threshold.
-  static __attribute__((noinline, cold)) void refine(const KeepRule& rule, uint64_t word, I16* keep,
-                                                     const I16* random) {
+  // Those of the elements whose 16 bits equal the threshold that stream 1 keeps.
+  static __attribute__((noinline, cold)) WordMask refine(const KeepRule& rule, uint64_t word,
+                                                         const I16* random) {
+    WordMask decided = {};
     for (int j = 0; j < 64; ++j) {
-      const int v = j / (64 / kMaskVectors), lane = j % (64 / kMaskVectors);
-      if ((uint16_t)(random[v][lane] ^ 0x8000) == rule.upper) {
-        keep[v][lane] = keeps(rule, 64 * word + (uint64_t)j) ? -1 : 0;
+      const int v = j / kShorts, lane = j % kShorts;
+      if ((uint16_t)(random[v][lane] ^ 0x8000) == rule.upper &&
+          keeps(rule, 64 * word + (uint64_t)j)) {
+        set_lane(decided.of[v], lane);
       }
     }
+    return decided;
   }
 
   static __attribute__((noinline, cold)) void refine_columns(const KeepRule& rule, uint64_t i,
