@@ -103,16 +103,22 @@ def test_a_terminal_shows_a_bar_with_loss_accuracy_and_speed(tmp_path):
 
 
 def test_two_processes_share_every_batch(tmp_path):
-    process = start([*SMALL, "--epochs", "2", "--devices", "2", "--no-report"], tmp_path)
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, err
-    assert err == ""
-    assert out.count("epoch 1/2") == 1
-    run = tmp_path / "runs" / "digits-resnet8-1"
-    metrics = (run / "metrics.csv").read_text().splitlines()
-    # 809 samples in steps of 64, as for one process.
-    assert [line.split(",")[1] for line in metrics[1:]] == ["13", "26"]
-    assert json.loads((run / "result.json").read_text())["epochs"] == 2
+    weights = []
+    # 32 samples in a process and 16 channels: enough for the kernels.
+    for number, memory in enumerate(("normal", "low"), 1):
+        arguments = ["--epochs", "2", "--devices", "2", "--width", "16", "--memory", memory]
+        process = start([*SMALL, *arguments, "--no-report"], tmp_path)
+        out, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err
+        assert err == ""
+        assert out.count("epoch 1/2") == 1
+        run = tmp_path / "runs" / f"digits-resnet8-{number}"
+        metrics = (run / "metrics.csv").read_text().splitlines()
+        # 809 samples in steps of 64, as for one process.
+        assert [line.split(",")[1] for line in metrics[1:]] == ["13", "26"]
+        assert json.loads((run / "result.json").read_text())["epochs"] == 2
+        weights.append((run / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 def test_two_processes_pass_on_one_sentence(tmp_path):

@@ -8,6 +8,7 @@ from torch import Tensor
 from normdrop import nn
 from normdrop.errors import UserError
 from normdrop.networks.layers import check_count, check_keep, dropout, initialize, norm1d
+from normdrop.surgery.memory import Memory, with_memory
 
 __all__ = ["MLP", "mlp"]
 
@@ -124,13 +125,18 @@ def mlp(
     keep_hidden: float | Sequence[float] = 1.0,
     norm: bool = True,
     input_norm: bool = False,
+    memory: Memory = "normal",
 ) -> MLP:
     """Make a multilayer perceptron. See :class:`MLP`.
+
+    ``memory="low"`` keeps less for backward, with the same gradients; see
+    :func:`normdrop.convert`.
 
     Example:
         >>> mlp((64, 128, 10), keep_hidden=0.5).output
         Linear(in_features=128, out_features=10, bias=True)
     """
-    return MLP(
+    network = MLP(
         widths, keep_input=keep_input, keep_hidden=keep_hidden, norm=norm, input_norm=input_norm
     )
+    return with_memory(network, memory)

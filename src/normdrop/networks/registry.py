@@ -69,7 +69,7 @@ def options(name: str) -> tuple[str, ...]:
 
     Example:
         >>> options("mlp")
-        ('hidden', 'keep_input', 'keep_hidden', 'norm', 'input_norm')
+        ('hidden', 'keep_input', 'keep_hidden', 'norm', 'input_norm', 'memory')
     """
     family, _ = _find(name)
     own = tuple(o for o in inspect.signature(family.factory).parameters if o not in _GIVEN)

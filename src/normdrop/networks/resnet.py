@@ -17,6 +17,7 @@ from normdrop.networks.layers import (
     norm2d,
     zero_last,
 )
+from normdrop.surgery.memory import Memory, with_memory
 
 __all__ = ["BasicBlock", "Bottleneck", "Pad", "ResNet", "resnet"]
 
@@ -319,14 +320,18 @@ def resnet(
     stem: Literal["large", "small"] | None = None,
     stem_stride: int = 1,
     shortcut: Literal["projection", "pad"] | None = None,
+    memory: Memory = "normal",
 ) -> ResNet:
     """Make a residual network. See :class:`ResNet`.
+
+    ``memory="low"`` keeps less for backward, with the same gradients; see
+    :func:`normdrop.convert`.
 
     Example:
         >>> resnet(8, 10, in_channels=1, width=8, stem_stride=2).output
         Linear(in_features=32, out_features=10, bias=True)
     """
-    return ResNet(
+    network = ResNet(
         depth,
         classes,
         in_channels=in_channels,
@@ -340,3 +345,4 @@ def resnet(
         stem_stride=stem_stride,
         shortcut=shortcut,
     )
+    return with_memory(network, memory)

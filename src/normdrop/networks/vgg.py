@@ -15,6 +15,7 @@ from normdrop.networks.layers import (
     initialize,
     norm2d,
 )
+from normdrop.surgery.memory import Memory, with_memory
 
 __all__ = ["VGG", "vgg"]
 
@@ -148,14 +149,18 @@ def vgg(
     keep_hidden: float = 1.0,
     norm: bool = True,
     input_norm: bool = False,
+    memory: Memory = "normal",
 ) -> VGG:
     """Make a VGG network. See :class:`VGG`.
+
+    ``memory="low"`` keeps less for backward, with the same gradients; see
+    :func:`normdrop.convert`.
 
     Example:
         >>> vgg(11, 10, width=8, hidden=32, pool=1).output
         Linear(in_features=32, out_features=10, bias=True)
     """
-    return VGG(
+    network = VGG(
         depth,
         classes,
         in_channels=in_channels,
@@ -167,3 +172,4 @@ def vgg(
         norm=norm,
         input_norm=input_norm,
     )
+    return with_memory(network, memory)

@@ -14,6 +14,7 @@ from normdrop.networks.layers import (
     least_size,
     norm2d,
 )
+from normdrop.surgery.memory import Memory, with_memory
 
 __all__ = ["WideBlock", "WideResNet", "wide_resnet"]
 
@@ -181,14 +182,18 @@ def wide_resnet(
     input_norm: bool = False,
     zero_init_last: bool = False,
     stem_stride: int = 1,
+    memory: Memory = "normal",
 ) -> WideResNet:
     """Make a wide residual network. See :class:`WideResNet`.
+
+    ``memory="low"`` keeps less for backward, with the same gradients; see
+    :func:`normdrop.convert`.
 
     Example:
         >>> wide_resnet(10, 1, 10, in_channels=1, stem_stride=2).output
         Linear(in_features=64, out_features=10, bias=True)
     """
-    return WideResNet(
+    network = WideResNet(
         depth,
         widen,
         classes,
@@ -201,3 +206,4 @@ def wide_resnet(
         zero_init_last=zero_init_last,
         stem_stride=stem_stride,
     )
+    return with_memory(network, memory)

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from normdrop.surgery import fusion
+from normdrop.surgery.memory import Memory, check_memory, keep_memory, with_memory
 from normdrop.surgery.plan import CLASSES, replaceable
 
 __all__ = ["convert", "revert"]
@@ -19,7 +20,7 @@ _NORM = {"activation": None, "nonfinite": "propagate"}
 _DROPOUT = {"scaling": "train"}
 
 
-def convert(model: _Module, *, fuse: bool = True) -> _Module:
+def convert(model: _Module, *, fuse: bool = True, memory: Memory = "normal") -> _Module:
     """Give a model our batch normalization and dropout, in place, and fuse what follows them.
 
     The layers stay the same objects and get another class: parameters, buffers, hooks, flags and
@@ -38,9 +39,15 @@ def convert(model: _Module, *, fuse: bool = True) -> _Module:
     Args:
         model: any module; it is changed.
         fuse: fuse batch normalization with what follows it.
+        memory: "low" keeps less for backward, for some more time and with the same gradients:
+            what batch normalization and its activation gave is worked out again. "normal" leaves
+            the model as it is in this respect.
 
     Returns:
         The model.
+
+    Raises:
+        UserError: a ``memory`` that is neither.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU(),
@@ -52,6 +59,7 @@ def convert(model: _Module, *, fuse: bool = True) -> _Module:
         >>> type(revert(model)[0])
         <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
+    check_memory(memory)
     found = fusion.find(model) if fuse else []
     for module in replaceable(model):
         # Whatever keeps a reference to the layer goes on meaning the same object.
@@ -59,11 +67,11 @@ def convert(model: _Module, *, fuse: bool = True) -> _Module:
         vars(module).update(_extras(module))
     for scope in found:
         scope.install()
-    return model
+    return with_memory(model, memory)
 
 
 def revert(model: _Module) -> _Module:
-    """Give torch's classes back to every layer of ours, and undo the fusion, in place.
+    """Give torch's classes back to every layer of ours, in place; fusion and ``memory`` end too.
 
     Args:
         model: a converted model, or one built of our layers.
@@ -89,6 +97,7 @@ def revert(model: _Module) -> _Module:
                     f"with {name}={getattr(module, name)!r}; build it with {name}={value!r}"
                 )
     fusion.remove(model)
+    keep_memory(model)
     for _, module in ours:
         for name in _extras(module):
             vars(module).pop(name, None)

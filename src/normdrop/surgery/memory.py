@@ -5,17 +5,39 @@ from __future__ import annotations
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from normdrop.errors import UserError
 from normdrop.ops import recompute
 
-__all__ = ["is_saving_memory", "keep_memory", "save_memory"]
+__all__ = ["Memory", "is_saving_memory", "keep_memory", "save_memory", "with_memory"]
+
+Memory = Literal["normal", "low"]
+"""What a model keeps for backward: what autograd asks for, or less; see :func:`save_memory`."""
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
-def save_memory(model: torch.nn.Module) -> torch.nn.Module:
+def with_memory(model: _Module, memory: Memory) -> _Module:
+    """Give the model back, with :func:`save_memory` where ``memory`` is "low".
+
+    Raises:
+        UserError: another ``memory`` than "normal" or "low".
+    """
+    check_memory(memory)
+    return save_memory(model) if memory == "low" else model
+
+
+def check_memory(memory: object) -> None:
+    """Raise UserError unless ``memory`` is "normal" or "low"."""
+    if memory not in get_args(Memory):
+        raise UserError(f'Expected `memory` to be "normal" or "low" but got {memory!r}')
+
+
+def save_memory(model: _Module) -> _Module:
     r"""Let a model keep less for backward: not what batch normalization and its activation gave.
 
     .. math:: y = \mathrm{activation}(\mathrm{BN}(x) + \mathrm{residual})
@@ -60,17 +82,17 @@ def save_memory(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def keep_memory(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo :func:`save_memory`.
+def keep_memory(model: _Module) -> _Module:
+    """Undo :func:`save_memory`, on the model and on all its parts.
 
     Example:
         >>> model = keep_memory(save_memory(torch.nn.ReLU()))
         >>> is_saving_memory(model)
         False
     """
-    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is _begin]:
-        del model._forward_pre_hooks[key]
     for module in model.modules():
+        for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _begin]:
+            del module._forward_pre_hooks[key]
         for key in [k for k, hook in module._forward_hooks.items() if hook in _OURS]:
             del module._forward_hooks[key]
             module._forward_hooks_always_called.pop(key, None)
@@ -90,7 +112,7 @@ class _Calls(threading.local):
     """This thread's calls that are under way: the frame, the module, and what records it."""
 
     def __init__(self) -> None:
-        self.entries: list[tuple[int, torch.nn.Module, recompute.Recorder]] = []
+        self.entries: list[tuple[FrameType, torch.nn.Module, recompute.Recorder]] = []
 
 
 _calls = _Calls()
@@ -103,7 +125,7 @@ def _begin(module: torch.nn.Module, args: Any) -> None:
         _drop_interrupted()
     recorder = recompute.start()
     if recorder is not None:
-        _calls.entries.append((id(sys._getframe(1)), module, recorder))
+        _calls.entries.append((sys._getframe(1), module, recorder))
 
 
 def _end(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -118,10 +140,10 @@ def _end(module: torch.nn.Module, args: Any, output: Any) -> None:
 
 def _drop_interrupted() -> None:
     """End the calls that KeyboardInterrupt left: torch calls a forward hook for Exceptions only."""
-    running = set()
+    running: set[FrameType] = set()
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        running.add(id(frame))
+        running.add(frame)
         frame = frame.f_back
     while _calls.entries and _calls.entries[-1][0] not in running:
         _calls.entries.pop()[2].__exit__(None, None, None)
