@@ -429,11 +429,12 @@ def test_convert_with_low_memory(fuse):
     plain = normdrop.convert(copy.deepcopy(theirs), fuse=fuse)
     low = normdrop.convert(copy.deepcopy(theirs), fuse=fuse, memory="low")
     assert same(step(plain, batch()), step(low, batch()))
-    x, pooled, y = 4 * 8 * 30 * 30 * 4, 4 * 8 * 15 * 15 * 4, 4 * 8 * 13 * 13 * 4
+    # Bytes of the maps: convolved, pooled, convolved again; and the output, which always counts.
+    x, pooled, y, z = (4 * 8 * side * side * 4 for side in (30, 15, 13, 11))
     assert kept(theirs, batch()) > 2 * x + 3 * pooled + 3 * y
     # An activation that is not fused is no output of batch normalization.
     assert kept(plain, batch()) > x + 3 * pooled + 2 * y
-    assert (kept(low, batch()) < 1.1 * (x + y)) == fuse
+    assert (kept(low, batch()) < 1.05 * (x + y) + z) == fuse
 
 
 def test_convert_twice_and_revert():
@@ -461,7 +462,9 @@ def test_another_word_is_refused_before_anything_is_changed(memory):
 def test_networks_take_the_option(name):
     shape = (3, 32, 32)
     for memory in ("normal", "low"):
-        network = networks.build(name, classes=2, input_shape=shape, memory=memory)
+        with torch.device("meta"):
+            network = networks.build(name, classes=2, input_shape=shape, memory=memory)
         assert is_saving_memory(network) == (memory == "low")
-    with pytest.raises(normdrop.UserError, match='Expected `memory` to be "normal" or "low"'):
+    message = 'Expected `memory` to be "normal" or "low"'
+    with torch.device("meta"), pytest.raises(normdrop.UserError, match=message):
         networks.build(name, classes=2, input_shape=shape, memory="lo")

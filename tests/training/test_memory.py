@@ -63,7 +63,7 @@ def test_a_run_with_low_memory_ends_with_the_same_weights(small, again, monkeypa
 
 
 def test_another_word_is_refused(small, capsys):
-    with pytest.raises(UserError, match="Expected `memory` to be .* but got 'tiny'"):
+    with pytest.raises(UserError, match=r"Expected `memory` to be .* but got 'tiny'"):
         train(small(memory="tiny"))
     assert cli.main(["train", "--memory", "tiny"]) == 2
     assert "Expected --memory to be normal or low, but got 'tiny'" in capsys.readouterr().err
