@@ -21,15 +21,17 @@ BOTH = pytest.mark.parametrize("layer_type", LAYERS, ids=["ours", "torch"])
 @pytest.mark.parametrize("sizes", [(5, 3), (2, 2, 2, 2), (7, 120), (600, 300)], ids=str)
 def test_accumulated_statistics_are_those_of_the_whole_batch(layer_type, momentum, sizes):
     layer = layer_type(30, momentum=momentum)
-    reference = torch.nn.BatchNorm1d(30, momentum=momentum)
+    reference = torch.nn.BatchNorm1d(30, momentum=momentum).double()
     for _ in range(3):
         x = torch.randn(sum(sizes), 30) * 3 + 100
-        reference(x)
+        reference(x.double())
         with normdrop.accumulate(layer):
             for part in x.split(sizes):
                 y = torch.nn.BatchNorm1d(30)(part)
                 torch.testing.assert_close(layer(part), y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.state_dict(), reference.state_dict(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        layer.double().state_dict(), reference.state_dict(), rtol=1e-6, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -129,9 +131,14 @@ def test_accumulate_after_an_exception_changes_nothing(layer_type):
     model = torch.nn.Sequential(layer_type(3))
     model(torch.randn(5, 3))
     before, names = copy.deepcopy(model.state_dict()), set(vars(model[0]))
-    with pytest.raises(KeyboardInterrupt), normdrop.accumulate(model):
-        model(torch.randn(5, 3))
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with normdrop.accumulate(model):
+            model(torch.randn(5, 3))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert set(vars(model[0])) == names
     with normdrop.accumulate(model):
@@ -193,8 +200,9 @@ def test_accumulate_nonfinite_and_empty_batches():
     assert not propagating.running_mean.isfinite().any()
 
 
-def test_accumulate_copies_and_checkpoints_made_inside_are_whole():
-    model = torch.nn.Sequential(nn.BatchNorm1d(3))
+@BOTH
+def test_accumulate_copies_and_checkpoints_made_inside_are_whole(layer_type):
+    model = torch.nn.Sequential(layer_type(3))
     x = torch.randn(6, 3)
     with normdrop.accumulate(model):
         model(x)
@@ -204,6 +212,10 @@ def test_accumulate_copies_and_checkpoints_made_inside_are_whole():
     for twin in twins:
         twin(x)
         torch.testing.assert_close(twin.state_dict(), model.state_dict())
+        with normdrop.accumulate(twin):
+            twin(x)
+            twin(x)
+        assert twin[0].num_batches_tracked == 2
     torch.save(model, io.BytesIO())
 
 

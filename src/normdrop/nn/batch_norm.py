@@ -139,7 +139,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         mean, var = self.running_mean, self.running_var
         momentum = 0.0 if self.momentum is None else self.momentum
-        merging = None
+        merging, average = None, None
         if not self.training:
             pass
         elif not self.track_running_stats:
@@ -152,7 +152,12 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             mean, var = merging.buffers(mean, var)
         elif self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:
+            if self.momentum is None and torch.compiler.is_compiling():
+                # The compiler breaks the graph, or gives up, where a tensor becomes a number.
+                average, momentum = (mean, var), 1.0
+                if mean is not None and var is not None:
+                    mean, var = MicroBatches.buffers(mean, var)
+            elif self.momentum is None:
                 # Every batch has the same weight: a cumulative average.
                 momentum = 1.0 / float(self.num_batches_tracked)
         y = functional.batch_norm(
@@ -170,7 +175,22 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         )
         if merging is not None and mean is not None and var is not None:
             merging.add(mean, var, input.numel() // input.shape[1])
+        if average is not None:
+            self._average(average, (mean, var))
         return y
+
+    @torch.no_grad()
+    def _average(
+        self,
+        average: tuple[Tensor | None, Tensor | None],
+        batch: tuple[Tensor | None, Tensor | None],
+    ) -> None:
+        """Let the running statistics be those of all batches so far, with equal weight."""
+        var, count = batch[1], self.num_batches_tracked
+        for running, new in zip(average, batch, strict=True):
+            if running is not None and new is not None and var is not None and count is not None:
+                moved = running + (new - running) / count
+                running.copy_(torch.where(var != -1.0, moved, running))
 
     def extra_repr(self) -> str:
         text = str(super().extra_repr())  # type: ignore[no-untyped-call]

@@ -47,7 +47,8 @@ def batch_norm(
     nonfinite: str,
 ) -> Tensor:
     """y = dropout(activation(BN(x) + residual)); training says whose statistics are used."""
-    if x.numel() <= _SMALL and nonfinite == "propagate" and not torch.compiler.is_compiling():
+    # The compiler is asked first: it would compile once more for the small.
+    if not torch.compiler.is_compiling() and x.numel() <= _SMALL and nonfinite == "propagate":
         y = _torch(x, running_mean, running_var, weight, bias, training, momentum, eps)
         y = _finish(y, residual, activation)
     else:
@@ -125,6 +126,8 @@ def _takes_kernel(
         return False
     if x.layout is not torch.strided or _is_transformed():
         return False
+    if torch._C._get_tracing_state() is not None:
+        return False  # torch.jit.trace saves no autograd.Function
     channels, dtype = x.shape[1], x.dtype
     if x.numel() == 0 or (training and (x.numel() == channels or eps <= 0.0)):
         return False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -77,14 +78,19 @@ def accumulate(model: torch.nn.Module) -> Iterator[None]:
                 _move(layer, found)
     finally:
         for layer in merged:
-            vars(layer).pop("_micro_batches" if isinstance(layer, ours._BatchNorm) else "forward")
+            if isinstance(layer, ours._BatchNorm):
+                del vars(layer)["_micro_batches"]
+            else:
+                vars(layer).pop("forward").found = None
 
 
 def _attach(name: str, layer: torch.nn.modules.batchnorm._BatchNorm) -> MicroBatches | None:
     """Let the layer merge what it sees; None where it is frozen in a way that we do not know."""
-    if "_micro_batches" in vars(layer) or isinstance(vars(layer).get("forward"), _Merging):
+    own = vars(layer).get("forward")
+    is_copied = isinstance(own, _Merging) and own.found is None
+    if vars(layer).get("_micro_batches") or (isinstance(own, _Merging) and not is_copied):
         raise RuntimeError(f"accumulate: layer {name!r} is in a block of accumulate already")
-    is_plain = type(layer).forward is _Torchs.forward and "forward" not in vars(layer)
+    is_plain = type(layer).forward is _Torchs.forward and (own is None or is_copied)
     is_lazy = isinstance(layer, torch.nn.modules.lazy.LazyModuleMixin)
     if is_lazy or not (is_plain or isinstance(layer, ours._BatchNorm)):
         if not layer.training:
@@ -100,30 +106,43 @@ def _attach(name: str, layer: torch.nn.modules.batchnorm._BatchNorm) -> MicroBat
     if isinstance(layer, ours._BatchNorm):
         layer._micro_batches = found
     else:
-        vars(layer)["forward"] = _Merging(_forward, layer, found)
+        merging = _mergings.setdefault(layer, _Merging(layer))
+        merging.found = found
+        vars(layer)["forward"] = merging
     return found
 
 
-class _Merging(partial[Tensor]):
-    """The forward of one of torch's layers within a block."""
+class _Merging:
+    """The forward of one of torch's layers within a block; a copy of it does what torch's does."""
+
+    def __init__(self, layer: torch.nn.modules.batchnorm._BatchNorm) -> None:
+        self._layer = ref(layer)
+        self.found: MicroBatches | None = None
+
+    def __call__(self, input: Tensor) -> Tensor:
+        layer, found = self._layer(), self.found
+        assert layer is not None
+        mean, var = layer.running_mean, layer.running_var
+        is_moving = layer.training and layer.track_running_stats
+        if found is None or not is_moving or mean is None or var is None:
+            return type(layer).forward(layer, input)
+        layer._check_input_dim(input)
+        is_first = not is_recomputation()
+        if is_first:
+            mean, var = found.buffers(mean, var)
+        y = torch.nn.functional.batch_norm(
+            input, mean, var, layer.weight, layer.bias, True, float(is_first), layer.eps
+        )
+        if is_first:
+            found.add(mean, var, input.numel() // input.shape[1])
+        return y
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Merging, (self._layer(),)
 
 
-def _forward(
-    layer: torch.nn.modules.batchnorm._BatchNorm, found: MicroBatches, input: Tensor
-) -> Tensor:
-    mean, var = layer.running_mean, layer.running_var
-    if not (layer.training and layer.track_running_stats) or mean is None or var is None:
-        return type(layer).forward(layer, input)
-    layer._check_input_dim(input)
-    is_first = not is_recomputation()
-    if is_first:
-        mean, var = found.buffers(mean, var)
-    y = torch.nn.functional.batch_norm(
-        input, mean, var, layer.weight, layer.bias, True, float(is_first), layer.eps
-    )
-    if is_first:
-        found.add(mean, var, input.numel() // input.shape[1])
-    return y
+# One for all blocks of a layer: compiled code holds for the object that it was compiled with.
+_mergings: WeakKeyDictionary[torch.nn.Module, _Merging] = WeakKeyDictionary()
 
 
 def _move(layer: torch.nn.modules.batchnorm._BatchNorm, found: MicroBatches) -> None:

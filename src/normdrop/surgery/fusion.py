@@ -44,6 +44,7 @@ class Scope:
     def install(self) -> None:
         """Give the module the fused forward."""
         vars(self.module)["forward"] = self.forward
+        self.forward.prepare()
 
 
 @dataclass
