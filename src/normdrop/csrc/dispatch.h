@@ -15,7 +15,8 @@ namespace normdrop {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// NORMDROP_ISA=baseline or avx2 in the environment takes less than the processor has.
+// NORMDROP_ISA=baseline, avx2 or avx512 in the environment names the widest to take; less is taken
+// where the processor has less.
 inline Isa detect_isa() {
   const char* wanted = std::getenv("NORMDROP_ISA");
   const bool any = wanted == nullptr;

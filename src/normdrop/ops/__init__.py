@@ -24,6 +24,9 @@ OPERATORS = (
 )
 """What csrc/library.cpp declares."""
 
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+"""What NORMDROP_ISA takes: the widest that the kernels may use; csrc/dispatch.h."""
+
 
 def _load() -> bool:
     """Load the compiled kernels, which registers torch.ops.normdrop; say so once if there are none.
@@ -34,6 +37,14 @@ def _load() -> bool:
     wanted = os.environ.get("NORMDROP_KERNELS", "1")
     if wanted == "0":
         return False
+    isa = os.environ.get("NORMDROP_ISA", "avx512")
+    if isa not in INSTRUCTION_SETS:
+        warnings.warn(
+            f"normdrop: NORMDROP_ISA must be one of {', '.join(INSTRUCTION_SETS)}, got {isa!r}; "
+            "taking the widest that the processor has",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     try:
         if wanted == "1":
             import_module("normdrop._C")
