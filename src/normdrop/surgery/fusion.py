@@ -139,7 +139,10 @@ def _can_be_scope(call: Call) -> bool:
 
 
 def _build(module: torch.nn.Module, place: _Place) -> Scope | None:
-    codes, looked_into, taking_part, fused = {}, {}, {}, {}
+    codes: dict[bool, Code] = {}
+    looked_into: dict[torch.nn.Module, None] = {}
+    taking_part: dict[torch.nn.Module, None] = {}
+    fused: dict[torch.nn.Module, str] = {}
     for training in (True, False):
         found, patterns = _patterns_of(module, training, place)
         if found is None:

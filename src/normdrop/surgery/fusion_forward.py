@@ -38,7 +38,8 @@ class Code:
         """The function."""
         names = dict(self.names)
         exec(compile(self.source, "<normdrop fused forward>", "exec"), names)
-        return names["forward"]
+        function: Callable[..., Any] = names["forward"]
+        return function
 
     def __getstate__(self) -> dict[str, Any]:
         modules = {k: v.__name__ for k, v in self.names.items() if isinstance(v, ModuleType)}

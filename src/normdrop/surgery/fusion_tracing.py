@@ -153,7 +153,7 @@ class _TensorProxy(Proxy):
         return _TensorAttribute(self, name)
 
 
-class _TensorAttribute(_TensorProxy, Attribute):  # type: ignore[misc]
+class _TensorAttribute(_TensorProxy, Attribute):
     """An attribute or method of a tensor; which, its use will tell."""
 
 
@@ -251,7 +251,7 @@ def _watching() -> Iterator[None]:
             (torch.autograd.Function, "apply", classmethod(no_function)),
             *((torch, name, on_thread(name)) for name in states),
         ),
-        _NoComputing(),
+        _NoComputing(),  # type: ignore[no-untyped-call]
     ):
         yield
 
@@ -422,10 +422,10 @@ _CONTAINERS = (dict, list, tuple, torch.Size, torch.fx.immutable_collections.imm
 def _chance() -> tuple[Any, bytes]:
     """The state of Python's and NumPy's generators; torch's cannot be drawn from here."""
     numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state()[1:3] if numpy is not None else (None, 0)
-    return random.getstate(), (b"" if numpy is None else state[0].tobytes()) + bytes(
-        str(state[1]), "ascii"
-    )
+    if numpy is None:
+        return random.getstate(), b""
+    _, words, position = numpy.random.get_state()[:3]
+    return random.getstate(), words.tobytes() + str(position).encode()
 
 
 def _arguments(
