@@ -14,7 +14,7 @@ def test_a_plan_is_a_table_and_changes_nothing():
     assert [(type(m), dict(vars(m))) for m in model.modules()] == before
     assert str(table).splitlines() == [
         "layer  class          action   why",
-        "0      BatchNorm1d    replace",
+        "0      BatchNorm1d    replace  not fused: Tanh follows",
         "2      Dropout        replace",
         "3      SyncBatchNorm  leave    its statistics are those of all processes",
         "2 replace, 1 leave",

@@ -15,8 +15,14 @@ from typing import Any
 import torch
 
 from normdrop.surgery.fusion_forward import Code, FusedForward
-from normdrop.surgery.fusion_modules import is_fusible_norm
-from normdrop.surgery.fusion_patterns import Pattern, find_patterns, participants, rewrite
+from normdrop.surgery.fusion_modules import has_hooks, is_fusible_norm, is_norm
+from normdrop.surgery.fusion_patterns import (
+    Pattern,
+    find_patterns,
+    participants,
+    reasons,
+    rewrite,
+)
 from normdrop.surgery.fusion_tracing import (
     TENSOR,
     Call,
@@ -27,7 +33,7 @@ from normdrop.surgery.fusion_tracing import (
     trace,
 )
 
-__all__ = ["Scope", "find", "fused_in", "remove"]
+__all__ = ["Scope", "find", "fused_in", "reasons_against", "remove"]
 
 
 @dataclass
@@ -57,10 +63,27 @@ class _Place:
 
 def find(model: torch.nn.Module) -> list[Scope]:
     """All scopes of a model, which stays as it is."""
-    places: dict[torch.nn.Module, _Place] = {}
-    _search(model, places, set())
-    scopes = [_build(module, place) for module, place in places.items()]
+    search = _Search()
+    search.look(model)
+    scopes = [_build(module, place) for module, place in search.places.items()]
     return [scope for scope in scopes if scope is not None]
+
+
+def reasons_against(model: torch.nn.Module) -> dict[int, str]:
+    """For the norms that are not fused, by id, why not."""
+    search = _Search()
+    search.look(model)
+    result = {id(norm): text for norm, text in search.against.items()}
+    for outer in model.modules():  # the innermost has the last word
+        why = search.failures.get(outer)
+        if why is not None:
+            for norm in filter(is_norm, outer.modules()):
+                if norm not in search.against:
+                    result[id(norm)] = f"the code of {type(outer).__name__} is not traced: {why}"
+    for norm in filter(is_norm, model.modules()):
+        if has_hooks(norm):
+            result[id(norm)] = "it has a hook"
+    return result
 
 
 def fused_in(model: torch.nn.Module) -> Iterator[tuple[int, str]]:
@@ -91,26 +114,50 @@ def _has_norm(module: torch.nn.Module) -> bool:
     return any(is_fusible_norm(inner) for inner in module.modules())
 
 
-def _search(
-    root: torch.nn.Module, places: dict[torch.nn.Module, _Place], done: set[torch.nn.Module]
-) -> None:
-    """Trace a module; where that fails, its children."""
-    if root in done or not _has_norm(root):
-        return
-    done.add(root)
-    visited: set[torch.nn.Module] = set()
-    if looks_through(root, with_hooks=True) and _is_own_forward(root):
-        for training in (True, False):
-            try:
-                found = trace(root, training, default_arguments(root), _may_look_into)
-            except Untraceable:
-                continue
-            for pattern in find_patterns(found):
-                _place(pattern, found, places)
-            visited.update(call.module for calls in found.calls.values() for call in calls)
-    # What was called as a whole, or not at all, is looked at by itself.
-    for child in _outermost(root, visited):
-        _search(child, places, done)
+@dataclass
+class _Search:
+    """Look for patterns everywhere in a model.
+
+    Attributes:
+        places: where there are some.
+        against: norms that a graph has outside of patterns, and why.
+        failures: modules that cannot be traced, and why.
+    """
+
+    places: dict[torch.nn.Module, _Place] = field(default_factory=dict)
+    against: dict[torch.nn.Module, str] = field(default_factory=dict)
+    failures: dict[torch.nn.Module, str] = field(default_factory=dict)
+    done: set[torch.nn.Module] = field(default_factory=set)
+
+    def look(self, root: torch.nn.Module) -> None:
+        """Trace a module; where that fails, its children."""
+        if root in self.done or not _has_norm(root):
+            return
+        self.done.add(root)
+        visited: set[torch.nn.Module] = set()
+        if looks_through(root, with_hooks=True) and _is_own_forward(root):
+            for training in (True, False):
+                try:
+                    found = trace(root, training, default_arguments(root), _may_look_into)
+                except Untraceable as error:
+                    self.failures[root] = _first_line(error)
+                    continue
+                patterns = find_patterns(found)
+                for pattern in patterns:
+                    _place(pattern, found, self.places)
+                self.against.update(reasons(found, patterns))
+                visited.update(call.module for calls in found.calls.values() for call in calls)
+        # What was called as a whole, or not at all, is looked at by itself.
+        for child in _outermost(root, visited):
+            self.look(child)
+
+
+def _first_line(error: Exception) -> str:
+    """Why a module is not traced, short enough for a table."""
+    text = str(error).partition("\n")[0]
+    if "control flow" in text:
+        return "it branches on a tensor"
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _outermost(root: torch.nn.Module, visited: set[torch.nn.Module]) -> Iterator[torch.nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import pickle
 import re
 from collections.abc import Callable
@@ -127,6 +128,7 @@ class FusedForward:
         fixed = {id(module) for module in (*self.looked_into, *self.participants)}
         attributes: list[tuple[dict[str, Any], str, Any]] = []
         identities: list[tuple[dict[str, Any], str, Any]] = []
+        sequences: list[tuple[list[Any], list[Any]]] = []
         seen: set[int] = set()
         for module in code_of:
             for name, value in vars(module).items():
@@ -136,6 +138,8 @@ class FusedForward:
                     attributes.append((vars(module), name, value))
                 else:
                     identities.append((vars(module), name, value))
+                    if isinstance(value, list):
+                        sequences.append((value, list(value)))
                     attributes += _inside(value, seen)
         for module in self.participants:
             attributes += [
@@ -154,6 +158,7 @@ class FusedForward:
             identities,
             children,
             [(module._modules, len(module._modules)) for module in code_of],
+            sequences,
         )
 
     def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
@@ -184,7 +189,7 @@ class FusedForward:
         """Whether everything that the code rests on is as it was."""
         if _has_any_global_hook():
             return False
-        forwards, attributes, identities, children, lengths = self._facts
+        forwards, attributes, identities, children, lengths, sequences = self._facts
         for module in self.looked_into:
             if module.training is not training:
                 return False
@@ -207,6 +212,9 @@ class FusedForward:
         for where, name, child in children:
             present = where.get(name)
             if present is not child and (child is not _MISSING or present is None):
+                return False
+        for now, then in sequences:
+            if len(now) != len(then) or not all(map(operator.is_, now, then)):
                 return False
         return all(len(where) == length for where, length in lengths)
 

@@ -10,7 +10,7 @@ import torch
 
 from normdrop import nn
 
-__all__ = ["PLAIN", "has_hooks", "is_fusible_norm", "is_plain_tensor_module", "patched"]
+__all__ = ["PLAIN", "has_hooks", "is_fusible_norm", "is_norm", "is_plain_tensor_module", "patched"]
 
 PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
 """Types whose values never change, so that one stands for its equals."""
@@ -52,10 +52,15 @@ def is_plain_tensor_module(module: torch.nn.Module) -> bool:
     )
 
 
+def is_norm(module: torch.nn.Module) -> bool:
+    """Whether it is batch normalization of torch's or ours, and no subclass."""
+    return type(module) in NORMS
+
+
 def is_fusible_norm(module: torch.nn.Module) -> bool:
     """Whether what follows this layer may become part of it."""
     return (
-        type(module) in NORMS
+        is_norm(module)
         and getattr(module, "activation", None) is None
         and getattr(module, "qconfig", None) is None
         and "forward" not in vars(module)

@@ -14,7 +14,7 @@ from normdrop.surgery.fusion_call import batch_norm
 from normdrop.surgery.fusion_modules import DROPOUTS, has_hooks, is_fusible_norm
 from normdrop.surgery.fusion_tracing import IN_PLACE, Trace
 
-__all__ = ["Pattern", "find_patterns", "rewrite"]
+__all__ = ["Pattern", "find_patterns", "participants", "reasons", "rewrite"]
 
 _F = torch.nn.functional
 
@@ -62,11 +62,8 @@ def find_patterns(trace: Trace) -> list[Pattern]:
     found: list[Pattern] = []
     order = {node: i for i, node in enumerate(trace.graph.nodes)}
     taken: set[Node] = set()
-    for node in trace.graph.nodes:
-        module = trace.modules.get(node)
-        if module is None or not is_fusible_norm(module) or node.kwargs or len(node.args) != 1:
-            continue
-        if not isinstance(node.args[0], Node):
+    for node in _norms(trace):
+        if node.kwargs or len(node.args) != 1 or not isinstance(node.args[0], Node):
             continue
         pattern = _follow(node, trace, order)
         # Where both summands are normalized, the first takes the addition.
@@ -76,6 +73,35 @@ def find_patterns(trace: Trace) -> list[Pattern]:
             found.append(pattern)
             taken.update(pattern.nodes())
     return found
+
+
+def _norms(trace: Trace) -> list[Node]:
+    return [node for node, module in trace.modules.items() if is_fusible_norm(module)]
+
+
+def reasons(trace: Trace, patterns: list[Pattern]) -> Iterator[tuple[torch.nn.Module, str]]:
+    """The norms of a graph that no pattern has, each with why."""
+    fused = {pattern.norm for pattern in patterns}
+    taken = {node for pattern in patterns for node in pattern.nodes()}
+    for node in _norms(trace):
+        if node not in fused:
+            yield trace.modules[node], _reason(node, trace, taken)
+
+
+def _reason(norm: Node, trace: Trace, taken: set[Node]) -> str:
+    if len(norm.users) != 1:
+        return f"its output is used {len(norm.users) or 'no'} times"
+    (user,) = norm.users
+    if user.op == "output":
+        return f"its output is what {type(trace.root).__name__} returns"
+    if user in taken:
+        return "the sum it goes into is fused with the other summand"
+    if user.op == "call_module":
+        module = trace.modules[user]
+        hooked = ", which has a hook" if has_hooks(module) else ""
+        return f"{type(module).__name__} follows{hooked}"
+    name = user.target if isinstance(user.target, str) else user.target.__name__
+    return f"{name} follows"
 
 
 def _follow(norm: Node, trace: Trace, order: dict[Node, int]) -> Pattern | None:

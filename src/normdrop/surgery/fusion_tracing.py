@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import operator
+import pickle
 import random
 import sys
 import threading
@@ -98,7 +99,7 @@ def trace(
             if module is root or looks_into(module):
                 vars(module).pop("forward", None)
         meanwhile = {module: _state(module) for module in before}
-        with _Watch():
+        with _Watch(), _chance_untouched():
             tracer.trace(root)
         for module, state in meanwhile.items():
             if not _is_same(state, _state(module)):
@@ -383,18 +384,18 @@ class _Tracer(torch.fx.Tracer):
         self, m: torch.nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if self.looks_into(m) and m not in self.failed:
-            mark, before, chance = len(self.calls), _state(m), _chance()
+            mark, before = len(self.calls), _state(m)
             self.stack += (Call(m, _arguments(m, args, kwargs)),)
             try:
                 # Global hooks that a call of the module would run are none of the graph's.
-                result = type(m).forward(m, *args, **kwargs)
-                if not _is_same(before, _state(m)) or _chance() != chance:
+                with _chance_untouched():
+                    result = type(m).forward(m, *args, **kwargs)
+                if not _is_same(before, _state(m)):
                     raise Untraceable(f"{type(m).__name__} changes state that is not a tensor's")
                 return result
             except Exception:
                 self._forget(mark)
                 _restore(m, before)
-                random.setstate(chance[0])
                 self.failed.append(m)
             finally:
                 self.stack = self.stack[:-1]
@@ -419,13 +420,26 @@ class _Tracer(torch.fx.Tracer):
 _CONTAINERS = (dict, list, tuple, torch.Size, torch.fx.immutable_collections.immutable_list)
 
 
-def _chance() -> tuple[Any, bytes]:
-    """The state of Python's and NumPy's generators; torch's cannot be drawn from here."""
+@contextmanager
+def _chance_untouched() -> Iterator[None]:
+    """Refuse what draws from Python's or NumPy's generator, and put back what it drew.
+
+    torch's cannot be drawn from here.
+    """
     numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return random.getstate(), b""
-    _, words, position = numpy.random.get_state()[:3]
-    return random.getstate(), words.tobytes() + str(position).encode()
+    before = random.getstate()
+    numpys = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        is_drawn = random.getstate() != before
+        if is_drawn:
+            random.setstate(before)
+        if numpy is not None and pickle.dumps(numpys) != pickle.dumps(numpy.random.get_state()):
+            is_drawn = True
+            numpy.random.set_state(numpys)
+    if is_drawn:
+        raise Untraceable("it draws random numbers")
 
 
 def _arguments(

@@ -43,7 +43,7 @@ class Row:
         type: its class.
         action: "replace" (by our class), "fuse" (the same, and what follows it is computed in the
             same operator), "leave", or "already" (ours, and as far as it goes).
-        why: what it is fused with, or the reason for leaving it.
+        why: what it is fused with, why it is not fused, or the reason for leaving it.
     """
 
     path: str
@@ -106,6 +106,7 @@ def plan(model: torch.nn.Module, *, fuse: bool = True) -> Plan:
     """
     found = fusion.find(model) if fuse else []
     fusible = {id(norm): text for scope in found for norm, text in scope.fused()}
+    against = fusion.reasons_against(model) if fuse else {}
     present = dict(fusion.fused_in(model))
     rows = []
     quantized = _in_quantized(model)
@@ -122,6 +123,8 @@ def plan(model: torch.nn.Module, *, fuse: bool = True) -> Plan:
             action, why = "fuse", fusible[id(module)]
         else:
             action, why = ("already" if type(module) in OURS else "replace"), ""
+            if action == "replace" and id(module) in against:
+                why = f"not fused: {against[id(module)]}"
         also = f"also at {', '.join(others)}" if others else ""
         rows.append(Row(path, type(module).__name__, action, "; ".join(filter(None, (why, also)))))
     return Plan(tuple(rows))

@@ -1,0 +1,441 @@
+"""What follows batch normalization becomes part of it, however it is written, and only then."""
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import normdrop
+
+
+def conv(inputs=3, outputs=3):
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+
+
+def spread(model):
+    """Weights that are not 1 and 0, so that a lost γ or α shows."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.uniform_(0.5, 1.5)
+    return model
+
+
+class Block(nn.Module):
+    """conv → BN, and then what ``tail(self, y, x)`` does."""
+
+    def __init__(self, tail, **children):
+        super().__init__()
+        self.conv = conv()
+        self.bn = nn.BatchNorm2d(3)
+        self.relu = nn.ReLU()
+        for name, child in children.items():
+            setattr(self, name, child)
+        self.tail = tail
+
+    def forward(self, x):
+        return self.tail(self, self.bn(self.conv(x)), x)
+
+
+def add_in_place(m, y, x):
+    y += x
+    return F.relu(y)
+
+
+def add_method_in_place(m, y, x):
+    return y.add_(x).relu_()
+
+
+ACTIVATIONS = {
+    "module": (lambda m, y, x: m.relu(y), {}),
+    "module_in_place": (lambda m, y, x: m.relu(y), {"relu": nn.ReLU(inplace=True)}),
+    "functional": (lambda m, y, x: F.relu(y), {}),
+    "functional_in_place": (lambda m, y, x: F.relu(y, inplace=True), {}),
+    "functional_underscore": (lambda m, y, x: F.relu_(y), {}),
+    "torch": (lambda m, y, x: torch.relu(y), {}),
+    "method": (lambda m, y, x: y.relu(), {}),
+    "method_in_place": (lambda m, y, x: y.relu_(), {}),
+    "attribute": (lambda m, y, x: m.activate(y), {"activate": F.relu}),
+    "sequential": (lambda m, y, x: m.rest(y), {"rest": nn.Sequential(nn.ReLU())}),
+}
+ADDITIONS = {
+    "first": lambda m, y, x: m.relu(y + x),
+    "second": lambda m, y, x: m.relu(x + y),
+    "torch": lambda m, y, x: m.relu(torch.add(y, x)),
+    "method": lambda m, y, x: m.relu(x.add(y)),
+    "in_place": add_in_place,
+    "method_in_place": add_method_in_place,
+}
+
+
+@pytest.mark.parametrize("spelling", ACTIVATIONS)
+def test_relu_is_fused(spelling, convert_checked, fused_calls, images):
+    tail, children = ACTIVATIONS[spelling]
+    model = convert_checked(spread(Block(tail, **children)), {"bn": "with relu"})
+    fused_calls.clear()
+    model(images)
+    model.eval()(images)
+    assert fused_calls == [(False, "relu")] * 2
+
+
+@pytest.mark.parametrize("spelling", ADDITIONS)
+def test_addition_and_relu_are_fused(spelling, convert_checked, fused_calls, images):
+    model = convert_checked(spread(Block(ADDITIONS[spelling])), {"bn": "with add, relu"})
+    fused_calls.clear()
+    model(images)
+    assert fused_calls == [(True, "relu")]
+
+
+def test_addition_alone_is_fused(convert_checked):
+    convert_checked(spread(Block(lambda m, y, x: y + x)), {"bn": "with add"})
+
+
+def test_leaky_relu_of_the_usual_slope_is_fused(convert_checked):
+    tail = lambda m, y, x: m.act(y)  # noqa: E731
+    convert_checked(spread(Block(tail, act=nn.LeakyReLU())), {"bn": "with leaky_relu"})
+    convert_checked(spread(Block(tail, act=nn.LeakyReLU(0.1))), {})
+    convert_checked(spread(Block(lambda m, y, x: F.leaky_relu(y))), {"bn": "with leaky_relu"})
+    convert_checked(spread(Block(lambda m, y, x: F.leaky_relu(y, 0.1))), {})
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.Hardswish(), nn.SiLU(), nn.PReLU(), nn.Tanh()])
+def test_other_activations_stay(act, convert_checked):
+    original = spread(Block(lambda m, y, x: m.act(y), act=act))
+    convert_checked(original, {})
+    (row,) = normdrop.plan(original)
+    assert row.why == f"not fused: {type(act).__name__} follows"
+
+
+def test_dropout_after_the_activation_is_part_of_it(convert_checked, fused_calls, images):
+    block = spread(Block(lambda m, y, x: m.drop(m.relu(y)), drop=nn.Dropout(0.0)))
+    model = convert_checked(block, {"bn": "with relu, dropout"})
+    model.drop.p = 0.5
+    y = model(images)
+    model.drop.p = 0.0
+    whole = model(images)
+    kept = y != 0
+    assert 0.45 < kept.sum() / (whole != 0).sum() < 0.55
+    torch.testing.assert_close(y[kept], 2 * whole[kept])
+    # Its own flag counts, as in a model where only dropout is set to train.
+    whole = model.eval()(images)
+    model.drop.p = 0.5
+    assert torch.equal(model(images), whole)
+    model.drop.train()
+    assert 0.45 < (model(images) != 0).sum() / (whole != 0).sum() < 0.55
+
+
+class Residual(nn.Module):
+    """As torchvision writes it: one ReLU for all, the shortcut normalized too."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv1 = conv(inputs, outputs)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv(outputs, outputs)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if inputs != outputs:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+def residual_network():
+    return spread(nn.Sequential(Residual(3, 4), Residual(4, 4), Residual(4, 4)))
+
+
+def test_residual_network(convert_checked, fused_calls, images):
+    original = residual_network()
+    expected = {}
+    for i in range(3):
+        expected |= {f"{i}.bn1": "with relu", f"{i}.bn2": "with add, relu"}
+    model = convert_checked(original, expected)
+    rows = {row.path: row.why for row in normdrop.plan(original) if row.action == "replace"}
+    assert rows == {
+        "0.downsample.1": "not fused: the sum it goes into is fused with the other summand"
+    }
+    fused_calls.clear()
+    model(images)
+    first = [(False, "relu"), (False, None), (True, "relu")]
+    assert fused_calls == first + 2 * [(False, "relu"), (True, "relu")]
+
+
+class ConvBlock(nn.Module):
+    """As many packages write it: the activation is an option, None or what makes a module."""
+
+    def __init__(self, activation, use_bn=True):
+        super().__init__()
+        self.conv, self.use_bn, self.activate = conv(), use_bn, activation is not None
+        if use_bn:
+            self.bn = nn.BatchNorm2d(3)
+        if activation is not None:
+            self.activ = activation()
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.use_bn:
+            x = self.bn(x)
+        if self.activate:
+            x = self.activ(x)
+        return x
+
+
+class Unit(nn.Module):
+    """The body's norm lies two modules deep, the addition here."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(ConvBlock(lambda: nn.ReLU(inplace=True)), ConvBlock(None))
+        self.activ = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        identity = x
+        x = self.body(x)
+        x = x + identity
+        return self.activ(x)
+
+
+def test_blocks_of_blocks(convert_checked):
+    model = convert_checked(
+        spread(nn.Sequential(Unit(), ConvBlock(nn.ReLU), ConvBlock(nn.ReLU, use_bn=False))),
+        {"0.body.0.bn": "with relu", "0.body.1.bn": "with add, relu", "1.bn": "with relu"},
+    )
+    assert [name for name, _ in model.named_modules()] == [
+        name for name, _ in nn.Sequential(Unit(), *model[1:]).named_modules()
+    ]
+
+
+@pytest.mark.parametrize("shape", [(64, 5), (32, 5, 9), (16, 5, 3, 4, 5)])
+def test_vectors_sequences_and_volumes(shape):
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 5: nn.BatchNorm3d}[len(shape)]
+    original = spread(nn.Sequential(kind(5), nn.ReLU()))
+    model = normdrop.convert(copy.deepcopy(original))
+    assert normdrop.plan(model).rows[0].why == "with relu"
+    x = torch.randn(shape)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), original(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.state_dict(), original.state_dict())
+        model.eval()
+        original.eval()
+
+
+# ---- What must not be fused ---------------------------------------------------------------------
+
+
+def see_the_norms_output_change(m, y, x):
+    view = y.flatten(1)
+    torch.relu_(y)
+    return view.sum() + y
+
+
+def keep_the_norms_output(m, y, x):
+    return m.relu(y) * y.sigmoid()
+
+
+def add_into_the_other(m, y, x):
+    x = x * 1.0
+    kept = x
+    x += y
+    return m.relu(x) + kept
+
+
+def twice_the_same_norm(m, y, x):
+    z = m.bn(m.conv(x * 2.0 + 1.0))
+    return m.relu(y) + m.relu(z) * 0.5
+
+
+def add_itself(m, y, x):
+    return m.relu(y + y)
+
+
+def scaled(m, y, x):
+    return m.relu(torch.add(y, x, alpha=2))
+
+
+def broadcast(m, y, x):
+    return m.relu(y + x.mean((2, 3), keepdim=True))
+
+
+def no_gradient(m, y, x):
+    with torch.no_grad():
+        z = m.relu(m.bn(x))
+    return y + z
+
+
+def branch_on_values(m, y, x):
+    return m.relu(y) if y.mean() > 10 else torch.tanh(y)
+
+
+SEEN = {
+    # Two uses, or another operation.
+    see_the_norms_output_change: {},
+    keep_the_norms_output: {},
+    add_into_the_other: {},
+    add_itself: {},
+    scaled: {},
+    # Traced through, it would lose the context or a branch.
+    no_gradient: {},
+    branch_on_values: {},
+    # Fused, and right: in the order of the calls, with the addition that broadcasts.
+    twice_the_same_norm: {"bn": "with relu"},
+    broadcast: {"bn": "with add, relu"},
+}
+
+
+@pytest.mark.parametrize("tail", SEEN, ids=lambda f: f.__name__)
+def test_what_someone_sees_stays(tail, convert_checked):
+    convert_checked(spread(Block(tail, bn2=nn.BatchNorm2d(3))), SEEN[tail])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_norm_does_not_wait_for_the_addition_where_its_input_is_written(late, images):
+    """In evaluation without gradients: otherwise autograd refuses the write, in torch as well."""
+
+    def tail(m, y, x):
+        z = m.bn(x)
+        if late:
+            x.mul_(3.0)
+        return m.relu(z + y)
+
+    original = spread(Block(tail)).eval()
+    plan = normdrop.plan(original)
+    assert plan.rows[0].why == ("not fused: add follows" if late else "with add, relu")
+    converted = normdrop.convert(copy.deepcopy(original))
+    with torch.no_grad():
+        expected = original(images.clone())
+        torch.testing.assert_close(converted(images.clone()), expected, rtol=1e-4, atol=1e-4)
+
+
+class Counting(Block):
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x)
+
+
+def test_code_that_counts_goes_on_counting(convert_checked, images):
+    model = convert_checked(Counting(lambda m, y, x: m.relu(y)), {})
+    for _ in range(3):
+        model(images)
+    assert model.calls == 3
+
+
+class Recording(Block):
+    def __init__(self, tail):
+        super().__init__(tail)
+        self.seen = []
+
+    def forward(self, x):
+        y = self.bn(x)
+        self.seen.append(y)
+        return self.relu(y)
+
+
+def test_code_that_keeps_its_tensors_goes_on_keeping(images):
+    model = normdrop.convert(Recording(None))
+    assert model.seen == []
+    y = model(images)
+    assert len(model.seen) == 1
+    assert model.seen[0].min() < 0 <= y.min()
+
+
+def by_chance(m, y, x):
+    return m.relu(y) if random.random() < 0.5 else m.relu(y) + x
+
+
+def test_chance_stays_chance(convert_checked, images):
+    original = Block(by_chance)
+    random.seed(3)
+    before = random.getstate()
+    assert normdrop.plan(original).count("fuse") == 0
+    assert random.getstate() == before
+    model = normdrop.convert(copy.deepcopy(original)).eval()
+    original.eval()
+    for number in range(6):
+        random.seed(number)
+        ours = model(images)
+        random.seed(number)
+        torch.testing.assert_close(ours, original(images), rtol=1e-4, atol=1e-4)
+
+
+class Squared(torch.autograd.Function):
+    """Says that its gradient is 3, which no trace through it would keep."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad
+
+
+def test_a_backward_of_its_own_stays(convert_checked):
+    convert_checked(Block(lambda m, y, x: Squared.apply(m.relu(y))), {})
+
+
+@pytest.mark.parametrize("layer", ["bn", "relu"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_never_across_a_hook(layer, when, images, as_original):
+    model, seen = Block(ACTIVATIONS["module"][0]), []
+    original = copy.deepcopy(model)
+    hook = lambda m, x, y: seen.append(y.detach())  # noqa: E731
+    if when == "before":
+        getattr(model, layer).register_forward_hook(hook)
+        (row,) = normdrop.plan(model)
+        assert row.action == "replace"
+        assert "has a hook" in row.why
+    normdrop.convert(model)
+    if when == "after":
+        model(images)
+        original(images)
+        getattr(model, layer).register_forward_hook(hook)
+    model(images)
+    original(images)
+    assert len(seen) == 1
+    assert (seen[0].min() < 0) == (layer == "bn")
+    as_original(model, original)
+
+
+def test_a_hook_on_a_block_sees_its_call_and_the_rest_is_fused(images, fused_calls):
+    model, seen = nn.Sequential(Unit(), Unit()), []
+    model[0].body.register_forward_hook(lambda m, x, y: seen.append(y.min() < 0))
+    model[1].register_full_backward_hook(lambda m, gx, gy: seen.append("backward"))
+    normdrop.convert(model)
+    model(images).sum().backward()
+    assert seen == [True, "backward"]
+    # The addition of the first unit lies beyond the hook.
+    assert fused_calls == [(False, "relu"), (False, None), (False, "relu"), (True, "relu")]
+
+
+def test_a_global_hook_sees_every_call(images):
+    model = normdrop.convert(Block(ACTIVATIONS["module"][0]))
+    model(images)
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda m, x, y: seen.append(type(m).__name__)
+    )
+    try:
+        model(images)
+    finally:
+        handle.remove()
+    assert seen == ["Conv2d", "BatchNorm2d", "ReLU", "Block"]
+
+
+def test_nothing_is_fused_where_not_asked(images, fused_calls):
+    original = residual_network()
+    assert normdrop.plan(original, fuse=False).count("fuse") == 0
+    normdrop.convert(original, fuse=False)(images)
+    assert {activation for _, activation in fused_calls} == {None}

@@ -1,0 +1,220 @@
+"""Fused code runs as long as what it was made from is the same; otherwise the model's own does."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import normdrop
+
+
+class Network(nn.Module):
+    """A block whose forward depends on whatever may be changed from outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(3)
+        self.act = nn.LeakyReLU()
+        self.active = True
+        self.options = {"scale": 1.0}
+        self.powers = [1]
+
+    def forward(self, x, shift=0.0, *, double=False):
+        y = self.bn(self.conv(x))
+        if self.active:
+            y = self.act(y)
+        for power in self.powers:
+            y = y**power
+        if double:
+            y = 2 * y
+        return y * self.options["scale"] + shift
+
+
+@pytest.fixture
+def pair():
+    original = Network()
+    return normdrop.convert(copy.deepcopy(original)), original
+
+
+def check(converted, original, x, *args, **kwargs):
+    for training in (True, False):
+        ours = converted.train(training)(x, *args, **kwargs)
+        theirs = original.train(training)(x, *args, **kwargs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_fused_at_first(pair, images, fused_calls):
+    check(*pair, images)
+    assert fused_calls == [(False, "leaky_relu")] * 2
+
+
+CHANGES = {
+    "attribute": lambda m: setattr(m, "active", False),
+    "dictionary": lambda m: m.options.update(scale=3.0),
+    "list": lambda m: m.powers.append(2),
+    "slope": lambda m: setattr(m.act, "negative_slope", 0.5),
+    "activation": lambda m: setattr(m, "act", nn.Tanh()),
+    "no_activation": lambda m: setattr(m, "act", nn.Sequential()),
+    "norm": lambda m: setattr(m, "bn", nn.InstanceNorm2d(3, affine=True)),
+    "forward": lambda m: setattr(m.act, "forward", torch.sigmoid),
+    "class": lambda m: setattr(m, "__class__", Doubled),
+}
+
+
+class Doubled(Network):
+    def forward(self, x, shift=0.0, *, double=False):
+        return super().forward(x, shift, double=True)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_after_conversion_counts(change, pair, images, fused_calls):
+    converted, original = pair
+    converted(images)
+    original(images)
+    fused_calls.clear()
+    for model in pair:
+        CHANGES[change](model)
+    check(converted, original, images)
+    assert all(activation is None for _, activation in fused_calls)
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [((1.5,), {}), ((), {"shift": 2.0}), ((), {"double": True}), ((torch.ones(12),), {})],
+)
+def test_other_arguments_run_the_models_own_code(args, options, pair, images, fused_calls):
+    check(*pair, images, *args, **options)
+    assert fused_calls == [(False, None)] * 2
+
+
+def test_an_input_by_name_is_the_same_call(pair, images, fused_calls):
+    converted, original = pair
+    torch.testing.assert_close(converted(x=images), original(x=images), rtol=1e-4, atol=1e-4)
+    assert fused_calls == [(False, "leaky_relu")]
+
+
+def test_a_wrong_call_fails_as_it_does_unconverted(pair):
+    for model in pair:
+        with pytest.raises(TypeError, match=r"forward\(\) missing 1 required positional"):
+            model()
+
+
+def test_exchanged_layers_outside_the_pattern_are_used(pair, images, fused_calls):
+    converted, original = pair
+    for model in pair:
+        torch.manual_seed(1)
+        model.conv = nn.Conv2d(3, 3, 1)
+    check(converted, original, images)
+    assert fused_calls == [(False, "leaky_relu")] * 2
+
+
+@pytest.mark.parametrize("frozen", [["bn"], ["bn", "act"], ["inner"]])
+def test_a_frozen_norm_keeps_its_statistics(frozen, images, as_original):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.BatchNorm2d(3))
+            self.bn = nn.BatchNorm2d(3)
+            self.act = nn.ReLU()
+
+        def train(self, mode=True):
+            super().train(mode)
+            for name in frozen:
+                getattr(self, name).eval()
+            return self
+
+        def forward(self, x):
+            return self.act(self.inner(x)) + self.act(self.bn(x))
+
+    original = Outer().train()
+    for p in original.bn.parameters():
+        p.requires_grad_(False)
+    converted = normdrop.convert(copy.deepcopy(original))
+    converted(images)
+    layer = converted.inner[0] if frozen == ["inner"] else converted.bn
+    assert layer.num_batches_tracked == 0
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+    assert not converted.bn.weight.requires_grad
+
+
+def test_mixed_types_are_added_as_the_model_does(images):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return F.relu(self.bn(x) + x.double())
+
+    original = Added()
+    y = normdrop.convert(copy.deepcopy(original))(images)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, original(images), rtol=1e-4, atol=1e-4)
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, saved, lambda m: pickle.loads(pickle.dumps(m))], ids=str
+)
+def test_copies_are_fused_and_stand_alone(copied, pair, images, fused_calls):
+    converted, _ = pair
+    converted(images)
+    other = copied(converted)
+    fused_calls.clear()
+    expected = converted.eval()(images)
+    assert torch.equal(other.eval()(images), expected)
+    assert fused_calls == [(False, "leaky_relu")] * 2
+    # The copy is not tied to the original's layers.
+    with torch.no_grad():
+        other.bn.weight.zero_()
+    assert torch.equal(converted(images), expected)
+    assert not torch.equal(other(images), expected)
+
+
+def test_revert_of_a_part_leaves_the_rest_right(images, fused_calls):
+    original = nn.Sequential(Network(), Network())
+    converted = normdrop.convert(copy.deepcopy(original))
+    normdrop.revert(converted[0])
+    check(converted, original, images)
+    assert type(converted[0].bn) is nn.BatchNorm2d
+    assert fused_calls == [(False, "leaky_relu")] * 2
+
+
+def test_revert_gives_every_attribute_back(images):
+    original = nn.Sequential(Network(), nn.Dropout(0.3))
+    before = [dict(vars(m)) for m in original.modules()]
+    normdrop.convert(original)
+    original(images)
+    normdrop.revert(original)
+    for module, attributes in zip(original.modules(), before, strict=True):
+        assert {**vars(module), "training": True}.keys() == attributes.keys()
+        assert "forward" not in vars(module)
+
+
+def test_a_converted_model_is_freed(images):
+    model = normdrop.convert(Network())
+    model(images)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_functional_call_takes_the_given_parameters(pair, images):
+    converted, original = pair
+    given = {name: torch.rand_like(p) for name, p in original.named_parameters()}
+    results = [torch.func.functional_call(model, given, (images,)) for model in pair]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
