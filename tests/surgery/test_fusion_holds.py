@@ -214,7 +214,7 @@ def test_a_converted_model_is_freed(images):
 
 
 def test_functional_call_takes_the_given_parameters(pair, images):
-    converted, original = pair
+    _, original = pair
     given = {name: torch.rand_like(p) for name, p in original.named_parameters()}
     results = [torch.func.functional_call(model, given, (images,)) for model in pair]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

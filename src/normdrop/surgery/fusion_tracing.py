@@ -12,8 +12,6 @@ from __future__ import annotations
 import builtins
 import inspect
 import operator
-import pickle
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +25,13 @@ from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normdrop.surgery.fusion_modules import PLAIN, has_hooks, is_plain_tensor_module, patched
+from normdrop.surgery.fusion_state import (
+    Untraceable,
+    chance_untouched,
+    is_same,
+    restore,
+    state_of,
+)
 
 __all__ = [
     "IN_PLACE",
@@ -41,10 +46,6 @@ __all__ = [
 
 TENSOR = torch.Tensor
 """Stands for an argument that is a tensor; the others are the constants that were given."""
-
-
-class Untraceable(Exception):
-    """The module does what no graph can repeat."""
 
 
 @dataclass(eq=False)
@@ -88,7 +89,7 @@ def trace(
     """
     tracer = _Tracer(arguments, looks_into)
     before = {
-        module: _state(module)
+        module: state_of(module)
         for module in root.modules()
         if not isinstance(module, torch.jit.ScriptModule)
     }
@@ -98,17 +99,17 @@ def trace(
             # Only fused forwards get here: other modules with a forward of their own are called.
             if module is root or looks_into(module):
                 vars(module).pop("forward", None)
-        meanwhile = {module: _state(module) for module in before}
-        with _Watch(), _chance_untouched():
+        meanwhile = {module: state_of(module) for module in before}
+        with _Watch(), chance_untouched():
             tracer.trace(root)
         for module, state in meanwhile.items():
-            if not _is_same(state, _state(module)):
+            if not is_same(state, state_of(module)):
                 raise Untraceable(f"{type(module).__name__} is written to")
     except Exception as error:
         raise Untraceable(str(error)) from error
     finally:
         for module, state in before.items():
-            _restore(module, state)
+            restore(module, state)
     return Trace(root, tracer.graph, tracer.calls, tracer.targets, tracer.failed)
 
 
@@ -281,53 +282,6 @@ def _make_isinstance() -> Callable[[Any, Any], bool]:
     return isinstance_
 
 
-# ---- A module's state --------------------------------------------------------------------------
-
-_State = dict[str, tuple[Any, Any]]
-
-
-def _state(module: torch.nn.Module) -> _State:
-    """Its attributes, and what is in those that are lists, sets or dictionaries."""
-    return {name: (value, _contents(value)) for name, value in vars(module).items()}
-
-
-def _contents(value: Any) -> Any:
-    if isinstance(value, dict):
-        return dict(value)
-    return list(value) if isinstance(value, (list, set)) else None
-
-
-def _is_same(before: _State, after: _State) -> bool:
-    if list(before) != list(after):
-        return False
-    for name, (value, inside) in before.items():
-        other, other_inside = after[name]
-        if value is not other and not (type(value) in PLAIN and value == other):
-            return False
-        if inside is not None and (
-            len(inside) != len(other_inside)
-            or list(map(id, inside)) != list(map(id, other_inside))
-            or (
-                isinstance(inside, dict)
-                and list(map(id, inside.values())) != list(map(id, other_inside.values()))
-            )
-        ):
-            return False
-    return True
-
-
-def _restore(module: torch.nn.Module, state: _State) -> None:
-    attributes = vars(module)
-    if list(attributes) != list(state):
-        attributes.clear()
-    attributes.update({name: value for name, (value, _) in state.items()})
-    for value, inside in state.values():
-        if inside is None or _is_same({"": (value, inside)}, {"": (value, _contents(value))}):
-            continue
-        value.clear()
-        value.extend(inside) if isinstance(value, list) else value.update(inside)
-
-
 # ---- The tracer --------------------------------------------------------------------------------
 
 
@@ -384,18 +338,18 @@ class _Tracer(torch.fx.Tracer):
         self, m: torch.nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if self.looks_into(m) and m not in self.failed:
-            mark, before = len(self.calls), _state(m)
+            mark, before = len(self.calls), state_of(m)
             self.stack += (Call(m, _arguments(m, args, kwargs)),)
             try:
                 # Global hooks that a call of the module would run are none of the graph's.
-                with _chance_untouched():
+                with chance_untouched():
                     result = type(m).forward(m, *args, **kwargs)
-                if not _is_same(before, _state(m)):
+                if not is_same(before, state_of(m)):
                     raise Untraceable(f"{type(m).__name__} changes state that is not a tensor's")
                 return result
             except Exception:
                 self._forget(mark)
-                _restore(m, before)
+                restore(m, before)
                 self.failed.append(m)
             finally:
                 self.stack = self.stack[:-1]
@@ -418,28 +372,6 @@ class _Tracer(torch.fx.Tracer):
 
 
 _CONTAINERS = (dict, list, tuple, torch.Size, torch.fx.immutable_collections.immutable_list)
-
-
-@contextmanager
-def _chance_untouched() -> Iterator[None]:
-    """Refuse what draws from Python's or NumPy's generator, and put back what it drew.
-
-    torch's cannot be drawn from here.
-    """
-    numpy = sys.modules.get("numpy")
-    before = random.getstate()
-    numpys = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
-        is_drawn = random.getstate() != before
-        if is_drawn:
-            random.setstate(before)
-        if numpy is not None and pickle.dumps(numpys) != pickle.dumps(numpy.random.get_state()):
-            is_drawn = True
-            numpy.random.set_state(numpys)
-    if is_drawn:
-        raise Untraceable("it draws random numbers")
 
 
 def _arguments(
