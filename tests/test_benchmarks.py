@@ -181,3 +181,45 @@ def test_large_says_what_it_leaves_out(script, tmp_path, monkeypatch, capsys):
     assert large.main(["--quick", "--output", str(tmp_path)]) == 0
     assert "left out, it needs" in capsys.readouterr().out
     assert read(tmp_path / "large.csv") == []
+
+
+def test_training_step_compares_whole_steps(script, tmp_path, capsys):
+    training_step = script("training_step")
+    arguments = ["--quick", "--threads", "1", "--fused", "--output", str(tmp_path)]
+    assert training_step.main(arguments) == 0
+    rows = read(tmp_path / "training_step.csv")
+    assert set(rows[0]) == {*training_step.COLUMNS, "processor", "torch"}
+    assert {row["network"] for row in rows} == {case.name for case in training_step.QUICK}
+    assert {row["provider"] for row in rows} == {
+        *("torch", "convert", "network"),
+        *("torch, fused SGD", "convert, fused SGD"),
+    }
+    for row in rows:
+        assert 0 < float(row["min_ms"]) <= float(row["p75"])
+    assert "ResNet-20 (4, 3, 8, 8), 1 thread" in capsys.readouterr().out
+
+
+def test_training_step_tables_hold_the_measured_figures(script):
+    training_step = script("training_step")
+    row = {"network": "ResNet-20", "threads": 2, "ratio": 1.0, "ratio_best": 0.8}
+    rows = [
+        {**row, "provider": "torch", "layout": "contiguous", "median_ms": 150.0},
+        {**row, "provider": "torch", "layout": "channels_last", "median_ms": 120.0},
+        {**row, "provider": "convert", "layout": "auto", "median_ms": 100.0}
+        | {"ratio": 1.5, "ratio_best": 1.2},
+        {**row, "provider": "jax", "layout": "channels_last", "median_ms": 99.5},
+    ]
+    assert (
+        "| ResNet-20 (128, 3, 32, 32) | 150 | 120 |  | 99.5 | 100 |  | 1.50 | 1.20 | 1.4 / 1.15 |"
+    ) in training_step.table(rows)
+
+
+def test_the_networks_of_the_benchmark_are_ours_written_by_a_user(script):
+    training_step = script("training_step")
+    for case in training_step.CASES:
+        if case.ours is None:
+            continue
+        with torch.device("meta"):
+            theirs, ours = case.theirs(), case.ours()
+        shapes = [sorted(tuple(p.shape) for p in m.parameters()) for m in (theirs, ours)]
+        assert shapes[0] == shapes[1], case.name

@@ -17,6 +17,7 @@ from normdrop.networks.layers import (
     norm2d,
     zero_last,
 )
+from normdrop.surgery.layout import Layout, set_layout
 from normdrop.surgery.memory import Memory, with_memory
 
 __all__ = ["BasicBlock", "Bottleneck", "Pad", "ResNet", "resnet"]
@@ -177,6 +178,8 @@ class ResNet(torch.nn.Module):
             multiply-adds.
         shortcut: ``"projection"`` (1×1 convolution and norm) or ``"pad"`` (no parameters) where the
             shape changes; None takes the family's.
+        layout: memory layout of the maps, ``"channels_last"`` or ``"keep"`` for torch's own;
+            ``"auto"`` takes channels_last on the CPU, where it is faster. The numbers are the same.
 
     Shape:
         (N, in_channels, H, W) to (N, classes). H and W are at least :attr:`least_size`, with which
@@ -216,6 +219,7 @@ class ResNet(torch.nn.Module):
         stem: Literal["large", "small"] | None = None,
         stem_stride: int = 1,
         shortcut: Literal["projection", "pad"] | None = None,
+        layout: Layout = "auto",
     ) -> None:
         super().__init__()
         blocks = _blocks(depth)
@@ -262,6 +266,7 @@ class ResNet(torch.nn.Module):
             for module in self.modules():
                 if isinstance(module, (BasicBlock, Bottleneck)):
                     module.zero_last()
+        set_layout(self, layout)
 
     @property
     def output(self) -> torch.nn.Linear:
@@ -320,6 +325,7 @@ def resnet(
     stem: Literal["large", "small"] | None = None,
     stem_stride: int = 1,
     shortcut: Literal["projection", "pad"] | None = None,
+    layout: Layout = "auto",
     memory: Memory = "normal",
 ) -> ResNet:
     """Make a residual network. See :class:`ResNet`.
@@ -344,5 +350,6 @@ def resnet(
         stem=stem,
         stem_stride=stem_stride,
         shortcut=shortcut,
+        layout=layout,
     )
     return with_memory(network, memory)

@@ -15,6 +15,7 @@ from normdrop.networks.layers import (
     initialize,
     norm2d,
 )
+from normdrop.surgery.layout import Layout, set_layout
 from normdrop.surgery.memory import Memory, with_memory
 
 __all__ = ["VGG", "vgg"]
@@ -53,6 +54,8 @@ class VGG(torch.nn.Module):
         keep_hidden: probability to keep a value of the hidden linear layers, in (0, 1].
         norm: normalize after every convolution.
         input_norm: normalize the image, channel by channel.
+        layout: memory layout of the maps, ``"channels_last"`` or ``"keep"`` for torch's own;
+            ``"auto"`` takes channels_last on the CPU, where it is faster. The numbers are the same.
 
     Shape:
         (N, in_channels, H, W) with H and W at least 32, to (N, classes).
@@ -85,6 +88,7 @@ class VGG(torch.nn.Module):
         keep_hidden: float = 1.0,
         norm: bool = True,
         input_norm: bool = False,
+        layout: Layout = "auto",
     ) -> None:
         super().__init__()
         if depth not in _STAGES:
@@ -124,6 +128,7 @@ class VGG(torch.nn.Module):
             torch.nn.Linear(hidden, classes),
         )
         initialize(self, self.output)
+        set_layout(self, layout)
 
     @property
     def output(self) -> torch.nn.Linear:
@@ -149,6 +154,7 @@ def vgg(
     keep_hidden: float = 1.0,
     norm: bool = True,
     input_norm: bool = False,
+    layout: Layout = "auto",
     memory: Memory = "normal",
 ) -> VGG:
     """Make a VGG network. See :class:`VGG`.
@@ -171,5 +177,6 @@ def vgg(
         keep_hidden=keep_hidden,
         norm=norm,
         input_norm=input_norm,
+        layout=layout,
     )
     return with_memory(network, memory)

@@ -14,6 +14,7 @@ from normdrop.networks.layers import (
     least_size,
     norm2d,
 )
+from normdrop.surgery.layout import Layout, set_layout
 from normdrop.surgery.memory import Memory, with_memory
 
 __all__ = ["WideBlock", "WideResNet", "wide_resnet"]
@@ -77,6 +78,8 @@ class WideResNet(torch.nn.Module):
             and not the last γ, since the ReLU after γ would give it a zero gradient for ever.
         stem_stride: stride of the first convolution, 1 or 2; 2 takes about a quarter of the
             multiply-adds.
+        layout: memory layout of the maps, ``"channels_last"`` or ``"keep"`` for torch's own;
+            ``"auto"`` takes channels_last on the CPU, where it is faster. The numbers are the same.
 
     Shape:
         (N, in_channels, H, W) to (N, classes); H and W are at least 3 (5 with ``stem_stride=2``).
@@ -109,6 +112,7 @@ class WideResNet(torch.nn.Module):
         input_norm: bool = False,
         zero_init_last: bool = False,
         stem_stride: int = 1,
+        layout: Layout = "auto",
     ) -> None:
         super().__init__()
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 10 or depth % 6 != 4:
@@ -153,6 +157,7 @@ class WideResNet(torch.nn.Module):
             for module in self.modules():
                 if isinstance(module, WideBlock):
                     torch.nn.init.zeros_(module.conv2.weight)
+        set_layout(self, layout)
 
     @property
     def output(self) -> torch.nn.Linear:
@@ -182,6 +187,7 @@ def wide_resnet(
     input_norm: bool = False,
     zero_init_last: bool = False,
     stem_stride: int = 1,
+    layout: Layout = "auto",
     memory: Memory = "normal",
 ) -> WideResNet:
     """Make a wide residual network. See :class:`WideResNet`.
@@ -205,5 +211,6 @@ def wide_resnet(
         input_norm=input_norm,
         zero_init_last=zero_init_last,
         stem_stride=stem_stride,
+        layout=layout,
     )
     return with_memory(network, memory)

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from normdrop.surgery import fusion
+from normdrop.surgery.layout import Layout, set_layout
 from normdrop.surgery.memory import Memory, check_memory, keep_memory, with_memory
 from normdrop.surgery.plan import CLASSES, replaceable
 
@@ -20,7 +21,9 @@ _NORM = {"activation": None, "nonfinite": "propagate"}
 _DROPOUT = {"scaling": "train"}
 
 
-def convert(model: _Module, *, fuse: bool = True, memory: Memory = "normal") -> _Module:
+def convert(
+    model: _Module, *, fuse: bool = True, layout: Layout = "keep", memory: Memory = "normal"
+) -> _Module:
     """Give a model our batch normalization and dropout, in place, and fuse what follows them.
 
     The layers stay the same objects and get another class: parameters, buffers, hooks, flags and
@@ -39,6 +42,13 @@ def convert(model: _Module, *, fuse: bool = True, memory: Memory = "normal") -> 
     Args:
         model: any module; it is changed.
         fuse: fuse batch normalization with what follows it.
+        layout: ``"channels_last"`` lays out the weights of 2-D convolutions so, and with them
+            everything behind; ``"auto"`` does so where that is faster, on the CPU. It is not the
+            default, since some code looks at strides. A model that flattens a map by
+            ``x.view(n, -1)`` needs ``x.flatten(1)``. Convert before the optimizer's first step:
+            its momentum keeps the strides it began with, and torch's ``fused=True`` takes them
+            for the weight's without a check. Parameters and numbers are the same, checkpoints
+            load either way, and :func:`revert` leaves the layout.
         memory: "low" keeps less for backward, for some more time and with the same gradients:
             what batch normalization and its activation gave is worked out again. "normal" leaves
             the model as it is in this respect.
@@ -47,7 +57,7 @@ def convert(model: _Module, *, fuse: bool = True, memory: Memory = "normal") -> 
         The model.
 
     Raises:
-        UserError: a ``memory`` that is neither.
+        UserError: another ``layout`` or ``memory``.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU(),
@@ -60,6 +70,7 @@ def convert(model: _Module, *, fuse: bool = True, memory: Memory = "normal") -> 
         <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
     check_memory(memory)
+    set_layout(model, layout)
     found = fusion.find(model) if fuse else []
     for module in replaceable(model):
         # Whatever keeps a reference to the layer goes on meaning the same object.

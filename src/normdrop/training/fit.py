@@ -114,8 +114,6 @@ def _build(options: Options, datamodule: data.DataModule) -> torch.nn.Module:
         input_shape=datamodule.input_shape,
         **network_options(options),
     )
-    if options.recipe.channels_last and datamodule.kind == "image":
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.double() if options.recipe.precision == "float64" else network
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import normdrop
-from normdrop import data
+from normdrop import data, networks
 from normdrop.data.sources import SOURCES
 from normdrop.errors import UserError
 from normdrop.files import write_text
@@ -80,7 +80,9 @@ def _augmentation(text: str | None) -> bool | list[str] | None:
 def network_options(options: Options) -> dict[str, Any]:
     """The options that ``networks.build`` takes, from a run's options."""
     chosen = asdict(options.network)
-    del chosen["model"]
+    model = chosen.pop("model")
+    if "layout" in networks.options(model):
+        chosen["layout"] = "channels_last" if options.recipe.channels_last else "keep"
     return {name: value for name, value in chosen.items() if value is not None}
 
 
