@@ -270,7 +270,7 @@ _TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Bit": {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [2, 2]},
     "ConvNext": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
     "ConvNextV2": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
-    "Cvt": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 2]},
+    "Cvt": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
     "EfficientNet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280},
     "FocalNet": {"embed_dim": 16, "depths": [1, 1], "focal_levels": [2, 2], "image_size": 64},
     "HGNetV2": {},

@@ -166,6 +166,40 @@ def test_peers_runs_without_them(script, tmp_path, monkeypatch):
     assert {row["provider"] for row in rows} == {"torch", "normdrop"}
 
 
+def test_architectures_compares_the_networks_of_torch_alone(script, tmp_path, capsys):
+    architectures = script("architectures")
+    assert architectures.main(["--quick", "--threads", "1", "--output", str(tmp_path)]) == 0
+    rows = {row["architecture"]: row for row in read(tmp_path / "architectures.csv")}
+    assert set(rows["residual"]) == {*architectures.COLUMNS, "processor", "torch"}
+    counts = {name: (row["layers"], row["converted"], row["fused"]) for name, row in rows.items()}
+    assert counts == {"residual": ("5", "5", "5"), "perceptron": ("4", "4", "2")}
+    assert {row["result"] for row in rows.values()} == {"equal"}
+    assert "| torch | 2 | 2 | 9 | 9 | 7 |" in capsys.readouterr().out
+
+
+def test_architectures_tells_what_differs(script, monkeypatch):
+    """A converted model that is off by a millionth is found; so is one that cannot be made."""
+    architectures = script("architectures")
+    perceptron = [a for a in architectures.architectures() if a.name == "perceptron"]
+    convert = architectures.normdrop.convert
+
+    def convert_wrongly(model):
+        converted = convert(model)
+        with torch.no_grad():
+            converted[-1].weight.mul_(1 + 1e-6)
+        return converted
+
+    monkeypatch.setattr(architectures.normdrop, "convert", convert_wrongly)
+    monkeypatch.setattr(architectures, "check_it_lives_on", lambda *models: None)
+    assert architectures.measure(perceptron[0], 2)["result"] == "differs"
+
+    def fail():
+        raise ValueError("no such network")
+
+    broken = script("zoo").Architecture("torch", "broken", fail)
+    assert architectures.measure(broken, 2)["result"] == "ValueError: no such network"
+
+
 def test_large_holds_at_small_sizes(script, tmp_path, capsys):
     large = script("large")
     assert large.main(["--quick", "--output", str(tmp_path)]) == 0

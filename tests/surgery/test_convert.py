@@ -12,7 +12,13 @@ from normdrop.surgery.plan import CLASSES
 
 
 class Named(torch.nn.BatchNorm2d):
-    """A subclass, as users write them."""
+    """A subclass that does more, as timm's BatchNormAct2d.
+
+    convert_sync_batchnorm drops what it does: https://github.com/pytorch/pytorch/issues/187298
+    """
+
+    def forward(self, input):
+        return torch.tanh(super().forward(input))
 
 
 def small() -> torch.nn.Sequential:
@@ -145,6 +151,62 @@ def test_what_is_left_is_named(make, reason):
     (row,) = normdrop.plan(model)
     assert row.action == "leave"
     assert reason in row.why
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_layers_are_left_and_named():
+    model = torch.nn.Sequential(torch.jit.script(small().eval()), torch.nn.BatchNorm2d(3))
+    normdrop.convert(model)
+    plan = normdrop.plan(model)
+    assert plan.count("leave") == 4
+    assert {row.why for row in plan if row.action == "leave"} == {"it is compiled by torch.jit"}
+    assert type(model[1]) is normdrop.nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_model_keeps_its_buffers_and_trains(dtype):
+    original = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()
+    ).to(dtype)
+    converted = normdrop.convert(copy.deepcopy(original))
+    before = dict(converted.named_buffers())
+    x = torch.randn(16, 3, 10, 10, dtype=dtype)
+    for model in (original, converted):
+        model(x).sum().backward()
+    assert all(buffer is before[name] for name, buffer in converted.named_buffers())
+    options = {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(converted.state_dict(), original.state_dict(), **options)
+    torch.testing.assert_close(converted.eval()(x), original.eval()(x), **options)
+
+
+def test_sync_batch_norm_made_of_a_converted_model_takes_over():
+    """convert_sync_batchnorm puts other layers in place, which the fused code must not miss."""
+    original = small().eval()
+    converted = normdrop.convert(copy.deepcopy(original))
+    x = torch.randn(4, 3, 5, 5)
+    converted(x)
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(converted)
+    assert type(converted[1]) is torch.nn.SyncBatchNorm
+    seen = []
+    converted[1].register_forward_hook(lambda m, x, y: seen.append(m))
+    torch.testing.assert_close(converted(x), original(x), rtol=1e-4, atol=1e-4)
+    assert seen == [converted[1]]
+
+
+def test_a_traced_model_is_converted_and_fused():
+    original = torch.fx.symbolic_trace(small())
+    assert normdrop.plan(original).count("fuse") == 1
+    converted = normdrop.convert(copy.deepcopy(original))
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(converted.eval()(x), original.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_inside_a_wrapper_are_converted():
+    original = small()
+    wrapped = torch.optim.swa_utils.AveragedModel(original)
+    normdrop.convert(wrapped)
+    assert type(wrapped.module[1]) is normdrop.nn.BatchNorm2d
+    assert type(original[1]) is torch.nn.BatchNorm2d  # the wrapper holds a copy
 
 
 def test_a_converted_model_pickles_saves_and_copies():

@@ -35,6 +35,7 @@ def _contents(value: Any) -> Any:
 
 
 def is_same(before: State, after: State) -> bool:
+    """Whether nothing was written in between; equal numbers and strings count as the same."""
     if list(before) != list(after):
         return False
     for name, (value, inside) in before.items():
@@ -54,6 +55,7 @@ def is_same(before: State, after: State) -> bool:
 
 
 def restore(module: torch.nn.Module, state: State) -> None:
+    """Make the module what it was."""
     attributes = vars(module)
     if list(attributes) != list(state):
         attributes.clear()

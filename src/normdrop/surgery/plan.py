@@ -29,6 +29,8 @@ CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 
 OURS = frozenset(CLASSES.values())
 
+_NAMES = frozenset(kind.__name__ for kind in CLASSES)
+
 Action = Literal["replace", "fuse", "leave", "already"]
 
 _FAMILIES = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd)
@@ -111,6 +113,11 @@ def plan(model: torch.nn.Module, *, fuse: bool = True) -> Plan:
     rows = []
     quantized = _in_quantized(model)
     for path, others, module in _named(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            name = getattr(module, "original_name", "")
+            if name in _NAMES:
+                rows.append(Row(path, name, "leave", "it is compiled by torch.jit"))
+            continue
         if not isinstance(module, _FAMILIES):
             continue
         reason = reason_to_leave(module, id(module) in quantized)
