@@ -199,7 +199,9 @@ def dropout(
 
     Both agree in expectation. The mask is a pure function of (seed, element index), see
     :func:`normdrop.ops.reference.keep_mask`: the same for any number of threads, memory format
-    and data type, eager and compiled. Its resolution is 2⁻³².
+    and data type, eager and compiled. Its resolution is 2⁻³². On a device other than the CPU that
+    holds where ``seed``, ``generator`` or ``sample_offset`` is given; else the mask there comes
+    from torch's own generator of that device, since that is faster.
 
     Args:
         input: x, of any shape and floating-point type.

@@ -69,7 +69,11 @@ def _draw_and_drop(
     threshold = reference.keep_threshold(keep)
     if threshold == 0 and seed is None:
         seed = 0  # nothing is left to chance, so nothing is drawn, as in torch
-    rule = (threshold, *coefficients, sample_offset, _positive_dims(x, shared_dims))
+    shared_dims = _positive_dims(x, shared_dims)
+    if seed is None and generator is None and sample_offset == 0 and not x.is_cpu:
+        z = _drop_by_torch(x, keep, coefficients, shared_dims)
+        return x.copy_(z) if inplace else z
+    rule = (threshold, *coefficients, sample_offset, shared_dims)
     return _drop(x, make_seed(x, seed, generator), rule, inplace)
 
 
@@ -122,6 +126,24 @@ def _drop(x: Tensor, seed: Tensor, rule: Rule, inplace: bool = False) -> Tensor:
     if inplace:
         torch.autograd.graph.increment_version(x)
     return z
+
+
+def _drop_by_torch(
+    x: Tensor, keep: float, coefficients: tuple[float, float, float], shared_dims: tuple[int, ...]
+) -> Tensor:
+    """The same with a mask from torch's generator of x's device.
+
+    Off the CPU there is no kernel, and Philox in int64 operators is slow: so it is taken where
+    somebody asks for a certain mask only.
+    """
+    scale, shift, fill = coefficients
+    is_plain = scale == 1.0 / keep and shift == fill == 0.0 and x.is_floating_point()
+    if is_plain and not shared_dims and not torch._C._are_functorch_transforms_active():
+        z, mask = torch.native_dropout(x, 1.0 - keep, True)
+        return torch.where(mask, z, 0.0)  # torch multiplies, and NaN times 0 is NaN
+    shape = tuple(1 if d in shared_dims else size for d, size in enumerate(x.shape))
+    mask = torch.rand(shape, device=x.device) < keep
+    return reference.dropout(x, mask, scale, shift, fill)
 
 
 def _gradient_rule(rule: Rule) -> Rule:

@@ -3,7 +3,8 @@
 A mask is a pure function of a 64-bit seed and the element's index. The seed is one number from
 torch's CPU generator, so ``torch.manual_seed``, ``torch.random.fork_rng`` and activation
 checkpointing act as they do on torch's dropout. The same call draws the same seed in eager mode,
-in a compiled graph and in an exported one.
+in a compiled graph and in an exported one. (Off the CPU a mask that nobody asked for by a seed, a
+generator or an offset comes from torch's generator of that device; see ops/dropout.py.)
 """
 
 from __future__ import annotations
