@@ -11,13 +11,9 @@ import torch
 from torch import Tensor
 
 import normdrop
-from normdrop import nn
+from normdrop import networks, nn
 
-HAS_CONVERT = hasattr(normdrop, "convert")
-KINDS = [
-    "written",
-    pytest.param("converted", marks=[] if HAS_CONVERT else pytest.mark.skip("no convert")),
-]
+KINDS = ["written", "converted"]
 
 
 class Theirs(torch.nn.Module):
@@ -58,12 +54,50 @@ class Ours(Theirs):
         return self.fc(self.drop(x).mean((2, 3)))
 
 
+class Block(torch.nn.Module):
+    """He et al.'s basic block with the shortcut that pads."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.stride, self.extra = width // channels, width - channels
+        self.conv1 = torch.nn.Conv2d(channels, width, 3, self.stride, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(width)
+        self.conv2 = torch.nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        if self.extra:
+            x = x[:, :, :: self.stride, :: self.stride]
+            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.extra))
+        return torch.relu(y + x)
+
+
+class PlainResNet8(torch.nn.Module):
+    """normdrop.networks.resnet(8, 4, width=8), as a user of torch writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(8)
+        self.layer1 = torch.nn.Sequential(Block(8, 8))
+        self.layer2 = torch.nn.Sequential(Block(8, 16))
+        self.layer3 = torch.nn.Sequential(Block(16, 32))
+        self.fc = torch.nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
 def make_pair(kind: str, **options: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Ours and theirs, with the same parameters."""
-    theirs = Theirs(**options)
+    theirs = PlainResNet8() if kind == "network" else Theirs(**options)
     if kind == "converted":
         return normdrop.convert(copy.deepcopy(theirs)), theirs
-    ours = Ours(**options)
+    if kind == "low memory":
+        return normdrop.convert(copy.deepcopy(theirs), memory="low"), theirs
+    ours = networks.resnet(8, 4, width=8) if kind == "network" else Ours(**options)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
@@ -92,6 +126,17 @@ def train_step(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 @pytest.fixture(params=KINDS)
 def pair(request: pytest.FixtureRequest) -> Callable[..., tuple[torch.nn.Module, torch.nn.Module]]:
     return lambda **options: make_pair(request.param, **options)
+
+
+@pytest.fixture(scope="session")
+def make_networks() -> Callable[..., tuple[torch.nn.Module, torch.nn.Module]]:
+    return make_pair
+
+
+@pytest.fixture
+def network() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """One of our own networks, and the same written with torch's layers."""
+    return make_pair("network")
 
 
 @pytest.fixture
