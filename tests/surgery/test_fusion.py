@@ -93,6 +93,22 @@ def test_addition_alone_is_fused(convert_checked):
     convert_checked(spread(Block(lambda m, y, x: y + x)), {"bn": "with add"})
 
 
+def test_identities_in_between_are_no_hindrance(convert_checked):
+    """As in the residual networks of transformers, where no activation is an Identity."""
+
+    def tail(m, y, x):
+        y = m.none(y)
+        y += x
+        return m.none(m.drop(m.none(m.relu(m.none(y)))))
+
+    block = spread(Block(tail, none=nn.Identity(), drop=nn.Dropout(0.0)))
+    convert_checked(block, {"bn": "with add, relu, dropout"})
+    convert_checked(spread(Block(lambda m, y, x: m.none(y), none=nn.Identity())), {})
+    hooked = spread(Block(tail, none=nn.Identity(), drop=nn.Dropout(0.0)))
+    hooked.none.register_forward_hook(lambda m, x, y: None)
+    convert_checked(hooked, {})
+
+
 def test_leaky_relu_of_the_usual_slope_is_fused(convert_checked):
     tail = lambda m, y, x: m.act(y)  # noqa: E731
     convert_checked(spread(Block(tail, act=nn.LeakyReLU())), {"bn": "with leaky_relu"})

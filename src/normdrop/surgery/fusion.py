@@ -170,7 +170,7 @@ def _outermost(root: torch.nn.Module, visited: set[torch.nn.Module]) -> Iterator
 
 def _place(pattern: Pattern, found: Trace, places: dict[torch.nn.Module, _Place]) -> None:
     """Note the scope of a pattern."""
-    chains = [found.calls[node] for node in pattern.nodes()]
+    chains = [found.calls[node] for node in pattern.chain]
     depth = 0
     while all(depth < len(chain) and chain[depth] is chains[0][depth] for chain in chains):
         depth += 1

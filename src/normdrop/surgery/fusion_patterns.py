@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,10 @@ _FRESH_FUNCTIONS = frozenset(
 
 @dataclass
 class Pattern:
-    """BN, then perhaps an addition, an activation, dropout: nodes of one graph."""
+    """BN, then perhaps an addition, an activation, dropout: nodes of one graph.
+
+    ``chain`` has them all in their order, with the Identity modules that lie between them.
+    """
 
     norm: Node
     add: Node | None = None
@@ -42,10 +45,7 @@ class Pattern:
     activation: str | None = None
     act: Node | None = None
     dropout: Node | None = None
-
-    def nodes(self) -> list[Node]:
-        """Those that are there, in their order."""
-        return [n for n in (self.norm, self.add, self.act, self.dropout) if n is not None]
+    chain: list[Node] = field(default_factory=list)
 
     def text(self) -> str:
         """What is fused with the norm."""
@@ -71,7 +71,7 @@ def find_patterns(trace: Trace) -> list[Pattern]:
             pattern = None
         if pattern is not None:
             found.append(pattern)
-            taken.update(pattern.nodes())
+            taken.update(pattern.chain)
     return found
 
 
@@ -82,16 +82,18 @@ def _norms(trace: Trace) -> list[Node]:
 def reasons(trace: Trace, patterns: list[Pattern]) -> Iterator[tuple[torch.nn.Module, str]]:
     """The norms of a graph that no pattern has, each with why."""
     fused = {pattern.norm for pattern in patterns}
-    taken = {node for pattern in patterns for node in pattern.nodes()}
+    taken = {node for pattern in patterns for node in pattern.chain}
     for node in _norms(trace):
         if node not in fused:
             yield trace.modules[node], _reason(node, trace, taken)
 
 
 def _reason(norm: Node, trace: Trace, taken: set[Node]) -> str:
-    if len(norm.users) != 1:
-        return f"its output is used {len(norm.users) or 'no'} times"
-    (user,) = norm.users
+    path = _path(norm, trace)
+    norm, users = path[-1], list(path[-1].users)
+    if len(users) != 1:
+        return f"its output is used {len(users) or 'no'} times"
+    (user,) = users
     if user.op == "output":
         return f"its output is what {type(trace.root).__name__} returns"
     if user in taken:
@@ -105,21 +107,39 @@ def _reason(norm: Node, trace: Trace, taken: set[Node]) -> str:
 
 
 def _follow(norm: Node, trace: Trace, order: dict[Node, int]) -> Pattern | None:
-    pattern, last = Pattern(norm), norm
-    user = _only_user(last)
+    pattern = Pattern(norm)
+    path = _path(norm, trace)
+    user = _only_user(path[-1])
     if user is not None:
-        residual = _residual(user, last)
+        residual = _residual(user, path[-1])
         if residual is not None and _may_wait(norm, user, trace, order):
-            pattern.add, pattern.residual, last = user, residual, user
-            user = _only_user(last)
+            pattern.add, pattern.residual = user, residual
+            pattern.chain += path
+            path = _path(user, trace)
+            user = _only_user(path[-1])
     if user is not None:
         pattern.activation = _activation(user, trace)
         if pattern.activation is not None:
-            pattern.act, last = user, user
-            user = _only_user(last)
+            pattern.act = user
+            pattern.chain += path
+            path = _path(user, trace)
+            user = _only_user(path[-1])
             if user is not None and _is_dropout(user, trace):
                 pattern.dropout = user
-    return pattern if pattern.add is not None or pattern.act is not None else None
+                pattern.chain += path
+                path = [user]
+    if pattern.add is None and pattern.act is None:
+        return None
+    pattern.chain.append(path[0])
+    return pattern
+
+
+def _path(node: Node, trace: Trace) -> list[Node]:
+    """The node and the Identity modules that its value goes through, and nowhere else."""
+    path = [node]
+    while (user := _only_user(path[-1])) is not None and _is_plain(user, trace, torch.nn.Identity):
+        path.append(user)
+    return path
 
 
 def _only_user(node: Node) -> Node | None:
@@ -153,11 +173,9 @@ def _writes(add: Node | None) -> bool:
 def _activation(user: Node, trace: Trace) -> str | None:
     if user.op == "call_module":
         module = trace.modules[user]
-        if len(user.args) != 1 or user.kwargs or "forward" in vars(module) or has_hooks(module):
-            return None
-        if type(module) is torch.nn.ReLU:
+        if _is_plain(user, trace, torch.nn.ReLU):
             return "relu"
-        is_leaky = type(module) is torch.nn.LeakyReLU and module.negative_slope == 0.01
+        is_leaky = _is_plain(user, trace, torch.nn.LeakyReLU) and module.negative_slope == 0.01
         return "leaky_relu" if is_leaky else None
     if user.op == "call_method":
         is_relu = user.target in ("relu", "relu_") and len(user.args) == 1 and not user.kwargs
@@ -175,10 +193,15 @@ def _activation(user: Node, trace: Trace) -> str | None:
 
 
 def _is_dropout(user: Node, trace: Trace) -> bool:
+    return any(_is_plain(user, trace, kind) for kind in DROPOUTS)
+
+
+def _is_plain(user: Node, trace: Trace, kind: type[torch.nn.Module]) -> bool:
+    """Whether this is a call of such a module with one argument that does no more than it says."""
     module = trace.modules.get(user)
     return (
         module is not None
-        and type(module) in DROPOUTS
+        and type(module) is kind
         and len(user.args) == 1
         and not user.kwargs
         and "forward" not in vars(module)
@@ -221,7 +244,7 @@ def rewrite(trace: Trace, patterns: list[Pattern]) -> Graph:
     replaced: dict[Node, Node] = {}
     for pattern in patterns:
         place = pattern.add or pattern.norm
-        last = pattern.nodes()[-1]
+        last = pattern.chain[-1]
         with graph.inserting_before(place):
             norm = graph.create_node("get_attr", pattern.norm.target)
             dropout = None
@@ -234,7 +257,7 @@ def rewrite(trace: Trace, patterns: list[Pattern]) -> Graph:
             fused = graph.call_function(batch_norm, (norm, x, residual, activation, *rest))
         last.replace_all_uses_with(fused)
         replaced[last] = fused
-        for node in reversed(pattern.nodes()):
+        for node in reversed(pattern.chain):
             graph.erase_node(node)
     graph.lint()
     return graph
@@ -243,6 +266,6 @@ def rewrite(trace: Trace, patterns: list[Pattern]) -> Graph:
 def participants(trace: Trace, patterns: list[Pattern]) -> Iterator[torch.nn.Module]:
     """The modules whose calls the patterns take in."""
     for pattern in patterns:
-        for node in pattern.nodes():
+        for node in pattern.chain:
             if node in trace.modules:
                 yield trace.modules[node]
