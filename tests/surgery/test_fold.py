@@ -42,7 +42,7 @@ LAYERS = {
     "Conv2d": (N.Conv2d(3, 8, 3, stride=2, padding=1), N.BatchNorm2d, (2, 3, 9, 7)),
     "Conv2d, depthwise": (N.Conv2d(8, 8, 3, groups=8, bias=False), N.BatchNorm2d, (2, 8, 9, 7)),
     "Conv2d, dilated": (N.Conv2d(4, 8, 3, groups=2, dilation=2), N.BatchNorm2d, (1, 4, 9, 7)),
-    "Conv2d, same": (N.Conv2d(4, 8, (2, 3), padding="same"), N.BatchNorm2d, (2, 4, 5, 6)),
+    "Conv2d, same": (N.Conv2d(4, 8, (5, 3), padding="same"), N.BatchNorm2d, (2, 4, 5, 6)),
     "Conv2d, reflecting": (
         N.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"),
         N.BatchNorm2d,
@@ -70,7 +70,7 @@ def test_fold_equals_layer_and_norm_in_float64(name, affine):
     model = settled(N.Sequential(copy.deepcopy(layer), norm(8, affine=affine)))
     x = torch.randn(shape)
     folded = fold(model)
-    assert isinstance(folded[1], N.Identity)
+    assert not isinstance(folded[1], norm)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert_close(folded(x), in_float64(model, x))

@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from normdrop.errors import UserError
-from normdrop.surgery import fusion
+from normdrop.surgery import fusion, memory
 from normdrop.surgery.fold_fuse import fuse
 from normdrop.surgery.fold_layers import AddActivate, become_folded
-from normdrop.surgery.fold_match import OURS, Match, Matches, find_matches, takes_more
-from normdrop.surgery.fold_scopes import Link, TracedForward, find_scopes, link
+from normdrop.surgery.fold_match import Match, Matches, find_matches, find_scopes
 
 __all__ = ["FoldPlan", "FoldRow", "fold", "fold_plan"]
 
@@ -76,7 +75,7 @@ def fold_plan(model: torch.nn.Module) -> FoldPlan:
         1  into 0
         1 of 1 batch normalizations folded
     """
-    return _plan(model, find_matches(model, find_scopes(model)))
+    return _plan(model, find_matches(model, list(find_scopes(model))))
 
 
 def _plan(model: torch.nn.Module, matches: Matches) -> FoldPlan:
@@ -156,68 +155,59 @@ def fold(
         raise UserError(
             f'fold: expected `layout` to be "auto", "channels_last" or "keep" but got {layout!r}'
         )
-    folded = model if inplace else copy.deepcopy(model)
-    # What convert fused is undone first; a norm that fold leaves keeps its class.
-    fusion.remove(folded)
-    # A copy runs, because a batch normalization that is still in training mode would change.
-    expected = None if example is None else _run(copy.deepcopy(model), example)
+    # Tensors made in inference mode could not be written to later.
     with torch.inference_mode(False), torch.no_grad():
+        # A copy runs, because a batch normalization that is still in training mode would change.
+        expected = None if example is None else _run(copy.deepcopy(model), example)
+        folded = model if inplace else copy.deepcopy(model)
         _fold(folded, fuse_activation, layout)
-    if expected is not None:
-        _check(expected, _run(copy.deepcopy(folded), example))
+        if expected is not None:
+            _check(expected, _run(copy.deepcopy(folded), example))
     return folded
 
 
 def _fold(model: torch.nn.Module, fuse_activation: bool, layout: Layout) -> None:
-    scopes = find_scopes(model)
+    # What convert did for training is undone first; a norm that is left keeps its class.
+    fusion.remove(model)
+    memory.keep_memory(model)
+    scopes = list(find_scopes(model))
     matches = find_matches(model, scopes)
-    fusible = [
-        (scope, node)
-        for scope in scopes
-        for node in scope.graph.find_nodes(op="call_module")
-        if takes_more(scope, node, matches)
-    ]
-    replaced: dict[int, list[Link]] = {id(scope): [] for scope in scopes}
     for match in matches.found:
-        replaced[id(match.scope)].append(_fold_one(match))
-    if not fuse_activation:
-        return
-    for scope, node in fusible:
-        layer = scope.at(node.target)
-        on_cpu = next(layer.parameters()).device.type == "cpu"
-        become_folded(
-            layer, channels_last=layout == "channels_last" or (layout == "auto" and on_cpu)
-        )
-    for scope in scopes:
-        links = replaced[id(scope)]
-        if fuse(scope, matches):
-            layers = [
-                link(scope.module, str(node.target)) for owner, node in fusible if owner is scope
-            ]
-            scope.module.forward = TracedForward(  # type: ignore[method-assign]
-                scope.module, scope.graph, scope.inlined, [*layers, *links]
-            )
+        stand_in = _fold_one(match)
+        head, _, name = match.norm_path.rpartition(".")
+        setattr(model.get_submodule(head), name, stand_in)
+        match.scope.trace.modules[match.norm_node] = stand_in
+    for scope, nodes in matches.convolutions.items():
+        for layer in (cast(torch.nn.Conv2d, scope.trace.modules[node]) for node in nodes):
+            on_cpu = layer.weight.device.type == "cpu"
+            is_last = layout == "channels_last" or (layout == "auto" and on_cpu)
+            if is_last:
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+            if fuse_activation:
+                become_folded(layer, channels_last=is_last)
+        if fuse_activation:
+            fuse(scope)
 
 
-def _fold_one(match: Match) -> Link:
-    """Fold one batch normalization; give the place of what stands where it was."""
+def _fold_one(match: Match) -> torch.nn.Module:
+    """Fold one batch normalization; give what stands where it was."""
     layer, norm = match.layer, match.norm
     scale, shift = _scale_and_shift(norm)
-    weight = layer.weight.detach().double()
-    layer.weight.copy_(weight * _along_outputs(layer, scale))
-    bias = shift if layer.bias is None else shift + scale * layer.bias.detach().double()
-    if layer.bias is None:
-        value = bias.to(layer.weight.dtype)
-        layer.bias = torch.nn.Parameter(value, requires_grad=layer.weight.requires_grad)
-    else:
-        layer.bias.copy_(bias)
-    if isinstance(layer, torch.nn.Linear):
-        become_folded(layer, channels_last=False)
-    stand_in = AddActivate(norm.activation) if type(norm) in OURS else torch.nn.Identity()
-    stand_in.training = norm.training
-    parent, name, _ = link(match.scope.module, str(match.norm_node.target))
-    setattr(parent, name, stand_in)
-    return parent, name, stand_in
+    # Only inference mode may write to tensors that were made in it.
+    with torch.inference_mode(layer.weight.is_inference()), torch.no_grad():
+        layer.weight.copy_(layer.weight.double() * _along_outputs(layer, scale))
+        if layer.bias is None:
+            bias = shift.to(layer.weight.dtype)
+            layer.bias = torch.nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+        else:
+            layer.bias.copy_(shift + scale * layer.bias.double())
+    dims = None
+    if isinstance(norm, torch.nn.BatchNorm1d):
+        dims = 2 if isinstance(layer, torch.nn.Linear) else 3
+    activation = getattr(norm, "activation", None)
+    is_torchs = type(norm).__module__.startswith("torch.")
+    stand_in = torch.nn.Identity() if is_torchs and dims is None else AddActivate(activation, dims)
+    return stand_in.train(norm.training)
 
 
 def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
@@ -248,7 +238,7 @@ def _along_outputs(layer: Any, scale: Tensor) -> Tensor:
 
 def _run(model: torch.nn.Module, example: Any) -> list[Tensor]:
     """Give the tensors that the model gives for an example."""
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         if isinstance(example, Mapping):
             output = model(**example)

@@ -1,24 +1,36 @@
-"""Let folded layers add and activate: edits of the record of a forward."""
+"""Let folded convolutions add and activate: edits of the record of a forward."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from normdrop.surgery.fold_layers import AddActivate, FoldedConv2d, FoldedLinear
-from normdrop.surgery.fold_match import (
-    Matches,
-    between,
-    is_mutating,
-    name_of_activation,
-    summands,
-)
-from normdrop.surgery.fold_scopes import Scope, has_hooks
+from normdrop.surgery.fold_layers import ACTIVATIONS, AddActivate, FoldedConv2d, is_plain_call
+from normdrop.surgery.fold_match import Scope, does_more
+from normdrop.surgery.fusion_forward import Code, FusedForward
+from normdrop.surgery.fusion_patterns import may_write, only_user
 
 __all__ = ["fuse"]
 
 Node = torch.fx.Node
+
+_MODULES: dict[type[torch.nn.Module], str] = {
+    torch.nn.ReLU: "relu",
+    torch.nn.ReLU6: "relu6",
+    torch.nn.SiLU: "silu",
+    torch.nn.Hardswish: "hardswish",
+}
+_FUNCTIONS: dict[Any, str] = {
+    **dict.fromkeys((torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"), "relu"),
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+}
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_IN_PLACE = (operator.iadd, "add_")
 
 _FRESH = (
     FoldedConv2d,
@@ -30,92 +42,145 @@ _FRESH = (
 """Layers that give a new tensor and keep no reference to what they get."""
 
 
-def fuse(scope: Scope, matches: Matches) -> bool:
-    """Edit the record so that folded layers do what follows them; say whether any does."""
-    for match in matches.found:
-        if match.scope is scope:
-            _absorb_norm(scope, match.layer_node, match.norm_node)
-    calls = scope.graph.find_nodes(op="call_module")
+class FoldedForward(FusedForward):
+    """The edited record of a module's forward; where it does not hold, the class's own forward.
+
+    That gives the same numbers with less fused, and is what torch.compile, torch.export and
+    torch.jit.trace see.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_plain_call():
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        # A copy notes the facts anew: what holds no longer must not seem to hold in it.
+        holds = self._facts is None or self._holds(self.module.training)
+        return state if holds else {**state, "codes": {}}
+
+
+def fuse(scope: Scope) -> None:
+    """Let the convolutions of a module do what follows them, and let its forward say so."""
+    graph, modules = scope.trace.graph, scope.trace.modules
     # From the end: of two convolutions that are added, the later one adds.
-    for node in reversed([n for n in calls if _is_folded(scope, n)]):
+    for node in reversed([n for n in graph.nodes if _is_folded(modules.get(n))]):
         _absorb_what_follows(scope, node)
-    fused = [n for n in scope.graph.nodes if _is_folded(scope, n) and n.kwargs]
+    fused = [n for n in graph.nodes if _is_folded(modules.get(n)) and n.kwargs]
+    if not fused:
+        return
+    taking_part = [modules[node] for node in fused]
     for node in fused:
-        if _may_overwrite(scope, node):
+        residual = node.kwargs.get("residual")
+        if isinstance(residual, Node) and _may_overwrite(scope, node, residual):
             node.kwargs = {**node.kwargs, "overwrite": True}
-    scope.graph.lint()
-    return bool(fused)
+            taking_part += (modules[n] for n in (residual, *residual.users))
+    graph.lint()
+    inside = (call.module for calls in scope.trace.calls.values() for call in calls)
+    forward = FoldedForward(
+        scope.module,
+        scope.arguments,
+        {scope.module.training: Code(graph)},
+        [m for m in dict.fromkeys(inside) if m is not scope.module],
+        list(dict.fromkeys(taking_part)),
+        [],
+    )
+    vars(scope.module)["forward"] = forward
+    forward.prepare()
 
 
-def _is_folded(scope: Scope, node: Node) -> bool:
-    return node.op == "call_module" and type(scope.at(node.target)) in (FoldedConv2d, FoldedLinear)
-
-
-def _absorb_norm(scope: Scope, layer: Node, norm: Node) -> None:
-    """Call the layer instead of what stands where its batch normalization was."""
-    stand_in = scope.at(norm.target)
-    kwargs: dict[str, Any] = {}
-    if isinstance(stand_in, AddActivate):
-        if not _is_folded(scope, layer):
-            return
-        residual = norm.args[1] if len(norm.args) > 1 else norm.kwargs.get("residual")
-        if residual is not None:
-            kwargs["residual"] = residual
-        if stand_in.activation is not None:
-            kwargs["activation"] = stand_in.activation
-    _put(scope, layer, norm, kwargs)
+def _is_folded(module: torch.nn.Module | None) -> bool:
+    return type(module) is FoldedConv2d
 
 
 def _absorb_what_follows(scope: Scope, node: Node) -> None:
-    """Let the layer add the residual and apply the activation that alone read its output."""
-    while len(node.users) == 1 and "activation" not in node.kwargs:
-        after = next(iter(node.users))
-        if any(is_mutating(other, scope) for other in between(node, after)):
+    """Let the convolution add the residual and apply the activation that alone read its output."""
+    while "activation" not in node.kwargs:
+        after = only_user(node)
+        if after is None or any(_may_write(n, scope) for n in _between(node, after)):
             return
-        activation = name_of_activation(scope, after)
-        if activation is not None:
-            node = _put(scope, node, after, {**node.kwargs, "activation": activation})
-            continue
-        pair = summands(after)
-        if pair is None or "residual" in node.kwargs:
+        does = _does(scope, node, after)
+        if does is None or does.keys() & node.kwargs.keys():
             return
-        residual = pair[0] if pair[1] is node else pair[1]
-        if is_mutating(after, scope) and residual is pair[0] and not _is_only_here(scope, residual):
-            return  # The sum is written into a tensor that others read.
-        node = _put(scope, node, after, {**node.kwargs, "residual": residual})
+        node = _put(scope, node, after, {**node.kwargs, **does})
 
 
-def _is_only_here(scope: Scope, node: Node) -> bool:
-    return len(node.users) == 1 and _is_fresh(scope, node)
-
-
-def _is_fresh(scope: Scope, node: Node) -> bool:
-    if node.op != "call_module":
-        return False
-    module = scope.at(node.target)
-    return type(module) in _FRESH and not has_hooks(module)
-
-
-def _put(scope: Scope, layer: Node, after: Node, kwargs: dict[str, Any]) -> Node:
-    """Call the layer with these keywords in the place of a node that follows it."""
-    with scope.graph.inserting_before(after):
-        new = scope.graph.call_module(str(layer.target), layer.args, kwargs)
+def _put(scope: Scope, node: Node, after: Node, kwargs: dict[str, Any]) -> Node:
+    """Call the convolution with these keywords in the place of a node that follows it."""
+    graph, modules, calls = scope.trace.graph, scope.trace.modules, scope.trace.calls
+    with graph.inserting_before(after):
+        new = graph.call_module(str(node.target), node.args, kwargs)
+    modules[new], calls[new] = modules[node], calls[node]
     after.replace_all_uses_with(new)
-    scope.graph.erase_node(after)
-    scope.graph.erase_node(layer)
+    for old in (after, node):
+        graph.erase_node(old)
+        modules.pop(old, None)
+        calls.pop(old, None)
     return new
 
 
-def _may_overwrite(scope: Scope, node: Node) -> bool:
+def _does(scope: Scope, node: Node, after: Node) -> dict[str, Any] | None:
+    """Say by what arguments a convolution does what the node after it does, if any."""
+    module = scope.trace.modules.get(after)
+    if module is not None and does_more(module):
+        return None
+    if type(module) is torch.nn.Identity:
+        return {}
+    if type(module) is AddActivate:
+        residual = after.args[1] if len(after.args) > 1 else after.kwargs.get("residual")
+        given = {"residual": residual, "activation": module.activation}
+        is_known = module.activation is None or module.activation in ACTIVATIONS
+        is_summand = after.args[:1] == (node,) and module.dims is None
+        return (
+            {k: v for k, v in given.items() if v is not None} if is_known and is_summand else None
+        )
+    activation = _MODULES.get(type(module)) if module is not None else _FUNCTIONS.get(after.target)
+    if activation is not None:
+        # The second argument of the functions is inplace.
+        is_alone = len(after.args) <= 2 and not set(after.kwargs) - {"inplace"}
+        return {"activation": activation} if is_alone and after.args[:1] == (node,) else None
+    if after.target not in _ADDITIONS or len(after.args) != 2 or after.kwargs:
+        return None
+    first, second = after.args
+    if not (isinstance(first, Node) and isinstance(second, Node)):
+        return None
+    if after.target not in _IN_PLACE:
+        return {"residual": second if first is node else first}
+    if first is node:
+        return {"residual": second, "writes": True}
+    # The sum is written into the other summand, which others may read.
+    return {"residual": first} if only_user(first) is after and _is_fresh(scope, first) else None
+
+
+def _between(first: Node, last: Node) -> list[Node]:
+    nodes, node = [], first.next
+    while node is not last:
+        nodes.append(node)
+        node = node.next
+    return nodes
+
+
+def _may_write(node: Node, scope: Scope) -> bool:
+    module = scope.trace.modules.get(node)
+    if isinstance(module, (FoldedConv2d, AddActivate)):
+        return does_more(module)
+    return may_write(node, scope.trace)
+
+
+def _is_fresh(scope: Scope, node: Node) -> bool:
+    module = scope.trace.modules.get(node)
+    return (
+        module is not None
+        and type(module) in _FRESH
+        and not does_more(module)
+        and not getattr(module, "return_indices", False)
+    )
+
+
+def _may_overwrite(scope: Scope, node: Node, residual: Node) -> bool:
     """Whether nobody reads the residual after the node, so that its memory may take the sum."""
-    residual = node.kwargs.get("residual")
-    if not isinstance(residual, Node) or residual in node.args or not _is_fresh(scope, residual):
+    if residual in node.args or not _is_fresh(scope, residual):
         return False
-    for user in residual.users:
-        if user is node:
-            continue
-        if not _is_fresh(scope, user) or not user < node:
-            return False
-        if user.kwargs.get("residual") is residual and user.kwargs.get("overwrite"):
-            return False
-    return True
+    others = (user for user in residual.users if user is not node)
+    return all(_is_fresh(scope, user) and user < node for user in others)

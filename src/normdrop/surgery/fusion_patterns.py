@@ -14,7 +14,15 @@ from normdrop.surgery.fusion_call import batch_norm
 from normdrop.surgery.fusion_modules import DROPOUTS, has_hooks, is_fusible_norm
 from normdrop.surgery.fusion_tracing import IN_PLACE, Trace
 
-__all__ = ["Pattern", "find_patterns", "participants", "reasons", "rewrite"]
+__all__ = [
+    "Pattern",
+    "find_patterns",
+    "may_write",
+    "only_user",
+    "participants",
+    "reasons",
+    "rewrite",
+]
 
 _F = torch.nn.functional
 
@@ -109,21 +117,21 @@ def _reason(norm: Node, trace: Trace, taken: set[Node]) -> str:
 def _follow(norm: Node, trace: Trace, order: dict[Node, int]) -> Pattern | None:
     pattern = Pattern(norm)
     path = _path(norm, trace)
-    user = _only_user(path[-1])
+    user = only_user(path[-1])
     if user is not None:
         residual = _residual(user, path[-1])
         if residual is not None and _may_wait(norm, user, trace, order):
             pattern.add, pattern.residual = user, residual
             pattern.chain += path
             path = _path(user, trace)
-            user = _only_user(path[-1])
+            user = only_user(path[-1])
     if user is not None:
         pattern.activation = _activation(user, trace)
         if pattern.activation is not None:
             pattern.act = user
             pattern.chain += path
             path = _path(user, trace)
-            user = _only_user(path[-1])
+            user = only_user(path[-1])
             if user is not None and _is_dropout(user, trace):
                 pattern.dropout = user
                 pattern.chain += path
@@ -137,12 +145,12 @@ def _follow(norm: Node, trace: Trace, order: dict[Node, int]) -> Pattern | None:
 def _path(node: Node, trace: Trace) -> list[Node]:
     """The node and the Identity modules that its value goes through, and nowhere else."""
     path = [node]
-    while (user := _only_user(path[-1])) is not None and _is_plain(user, trace, torch.nn.Identity):
+    while (user := only_user(path[-1])) is not None and _is_plain(user, trace, torch.nn.Identity):
         path.append(user)
     return path
 
 
-def _only_user(node: Node) -> Node | None:
+def only_user(node: Node) -> Node | None:
     """Who uses the node, if one does so once."""
     if len(node.users) != 1:
         return None
@@ -221,10 +229,11 @@ def _may_wait(norm: Node, add: Node, trace: Trace, order: dict[Node, int]) -> bo
     is_fresh = (x.op == "call_function" and x.target in _FRESH_FUNCTIONS) or (
         x.op == "call_module" and isinstance(trace.modules[x], _FRESH_MODULES)
     )
-    return (is_fresh and len(x.users) == 1) or not any(_may_write(n, trace) for n in between)
+    return (is_fresh and len(x.users) == 1) or not any(may_write(n, trace) for n in between)
 
 
-def _may_write(node: Node, trace: Trace) -> bool:
+def may_write(node: Node, trace: Trace) -> bool:
+    """Whether a node may write to a tensor that it is given."""
     if node.op == "call_module":
         module = trace.modules[node]
         is_torchs = type(module).__module__.startswith(("torch.nn.modules", "normdrop.nn."))
@@ -233,7 +242,8 @@ def _may_write(node: Node, trace: Trace) -> bool:
         return str(node.target).endswith("_")
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "_")
-        in_place = name.endswith("_") or name in IN_PLACE
+        # A True by position may be the argument inplace.
+        in_place = name.endswith("_") or name in IN_PLACE or any(a is True for a in node.args)
         return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
     return False
 
