@@ -5,21 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from normdrop.errors import UserError
-from normdrop.surgery import fusion, memory
-from normdrop.surgery.fold_fuse import fuse
-from normdrop.surgery.fold_layers import AddActivate, become_folded
+from normdrop.surgery import fold_fuse, fusion, memory
+from normdrop.surgery.fold_calls import AddActivate
 from normdrop.surgery.fold_match import Match, Matches, find_matches, find_scopes
 
 __all__ = ["FoldPlan", "FoldRow", "fold", "fold_plan"]
-
-Layout = Literal["auto", "channels_last", "keep"]
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,7 @@ def fold(
     example: Any = None,
     *,
     inplace: bool = False,
-    fuse_activation: bool = True,
-    layout: Layout = "auto",
+    fuse: bool = True,
 ) -> torch.nn.Module:
     r"""Fold every batch normalization in evaluation mode into the layer before it.
 
@@ -107,14 +103,17 @@ def fold(
     weight's type, so the model's outputs change by rounding only.
 
     The result is for inference: it has no batch normalization to train any more. It is a module of
-    the same class, with ``Identity`` (or, for our layers with an activation, a stand-in that adds
-    and activates) where a batch normalization was. The statistics are gone from the state_dict, and
-    a folded layer has a bias. It pickles, copies, saves, compiles and exports.
+    the same class, made of the same layers, with ``Identity`` (or, for our layers with an
+    activation, a stand-in that adds and activates) where a batch normalization was. The statistics
+    are gone from the state_dict, and a folded layer has a bias. It pickles, copies, saves, compiles
+    and exports.
 
-    On the CPU a 2-D convolution also adds the residual and applies the ReLU, ReLU6, SiLU or
-    hardswish that follow it while it writes its output, by oneDNN's operators. That is done in
-    float32 without autograd, so call the model under ``torch.inference_mode()``; otherwise, and
-    under torch.compile, torch.export and autocast, the same is computed in plain PyTorch.
+    On the CPU the model's 2-D convolutions also add the residual and apply the ReLU, ReLU6, SiLU or
+    hardswish that follow them while they write their output, by oneDNN's operators. That is done
+    in float32 without autograd, so call the model under ``torch.inference_mode()``. Otherwise,
+    under torch.compile, torch.export, autocast and torch.func, and where a hook or a layer was set
+    since, the same is computed in plain PyTorch. Each convolution keeps a second copy of its
+    weight, in oneDNN's layout, for each of the last two input shapes.
 
     Left as they are, and named with the reason by :func:`fold_plan`: batch normalizations in
     training mode or without running statistics; layers with hooks, of unknown classes, that are
@@ -128,16 +127,13 @@ def fold(
         example: an input (a tensor, a tuple of arguments or a dict of keyword arguments) on which
             the result is compared with the model.
         inplace: change the model itself instead of a copy.
-        fuse_activation: let convolutions add and activate.
-        layout: ``"channels_last"`` for 2-D convolutions, in which oneDNN is faster; ``"keep"``
-            leaves the layout alone; ``"auto"`` takes channels_last on the CPU. The numbers are the
-            same, only strides change.
+        fuse: let convolutions add and activate.
 
     Returns:
         The folded model.
 
     Raises:
-        UserError: an unknown layout, or a result that differs on the example.
+        UserError: the result differs on the example.
 
     Example:
         >>> from normdrop import networks
@@ -151,22 +147,18 @@ def fold(
         B. Jacob et al.: Quantization and Training of Neural Networks for Efficient
         Integer-Arithmetic-Only Inference. CVPR 2018 (section 3.2).
     """
-    if layout not in ("auto", "channels_last", "keep"):
-        raise UserError(
-            f'fold: expected `layout` to be "auto", "channels_last" or "keep" but got {layout!r}'
-        )
     # Tensors made in inference mode could not be written to later.
     with torch.inference_mode(False), torch.no_grad():
         # A copy runs, because a batch normalization that is still in training mode would change.
         expected = None if example is None else _run(copy.deepcopy(model), example)
         folded = model if inplace else copy.deepcopy(model)
-        _fold(folded, fuse_activation, layout)
+        _fold(folded, fuse)
         if expected is not None:
             _check(expected, _run(copy.deepcopy(folded), example))
     return folded
 
 
-def _fold(model: torch.nn.Module, fuse_activation: bool, layout: Layout) -> None:
+def _fold(model: torch.nn.Module, fuse_convolutions: bool) -> None:
     # What convert did for training is undone first; a norm that is left keeps its class.
     fusion.remove(model)
     memory.keep_memory(model)
@@ -177,16 +169,9 @@ def _fold(model: torch.nn.Module, fuse_activation: bool, layout: Layout) -> None
         head, _, name = match.norm_path.rpartition(".")
         setattr(model.get_submodule(head), name, stand_in)
         match.scope.trace.modules[match.norm_node] = stand_in
-    for scope, nodes in matches.convolutions.items():
-        for layer in (cast(torch.nn.Conv2d, scope.trace.modules[node]) for node in nodes):
-            on_cpu = layer.weight.device.type == "cpu"
-            is_last = layout == "channels_last" or (layout == "auto" and on_cpu)
-            if is_last:
-                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-            if fuse_activation:
-                become_folded(layer, channels_last=is_last)
-        if fuse_activation:
-            fuse(scope)
+    if fuse_convolutions:
+        for scope, nodes in matches.convolutions.items():
+            fold_fuse.fuse(scope, nodes)
 
 
 def _fold_one(match: Match) -> torch.nn.Module:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from normdrop.surgery.fold_layers import ACTIVATIONS, AddActivate, FoldedConv2d, is_plain_call
+from normdrop.surgery.fold_calls import ACTIVATIONS, AddActivate, convolution, is_plain_call
+from normdrop.surgery.fold_layout import hide_layout, writes
 from normdrop.surgery.fold_match import Scope, does_more
 from normdrop.surgery.fusion_forward import Code, FusedForward
-from normdrop.surgery.fusion_patterns import may_write, only_user
+from normdrop.surgery.fusion_patterns import only_user
 
 __all__ = ["fuse"]
 
@@ -33,7 +34,6 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE = (operator.iadd, "add_")
 
 _FRESH = (
-    FoldedConv2d,
     torch.nn.Conv2d,
     torch.nn.MaxPool2d,
     torch.nn.AvgPool2d,
@@ -61,21 +61,27 @@ class FoldedForward(FusedForward):
         return state if holds else {**state, "codes": {}}
 
 
-def fuse(scope: Scope) -> None:
-    """Let the convolutions of a module do what follows them, and let its forward say so."""
+def fuse(scope: Scope, convolutions: list[Node]) -> None:
+    """Let convolutions do what follows them, and let the module's forward call them so."""
     graph, modules = scope.trace.graph, scope.trace.modules
-    # From the end: of two convolutions that are added, the later one adds.
-    for node in reversed([n for n in graph.nodes if _is_folded(modules.get(n))]):
-        _absorb_what_follows(scope, node)
-    fused = [n for n in graph.nodes if _is_folded(modules.get(n)) and n.kwargs]
-    if not fused:
+    if not convolutions:
         return
-    taking_part = [modules[node] for node in fused]
-    for node in fused:
+    # Everything that is called must stay what it is; a hook set later would see another layout.
+    called = [module for module in modules.values() if not does_more(module)]
+    made = []
+    for node in convolutions:
+        with graph.inserting_before(node):
+            layer = graph.create_node("get_attr", str(node.target))
+        made.append(_put(scope, node, node, (layer, *node.args), {}))
+    # From the end: of two convolutions that are added, the later one adds.
+    for node in reversed(made):
+        _absorb_what_follows(scope, node)
+    if not hide_layout(scope):
+        return
+    for node in graph.find_nodes(op="call_function", target=convolution):
         residual = node.kwargs.get("residual")
         if isinstance(residual, Node) and _may_overwrite(scope, node, residual):
             node.kwargs = {**node.kwargs, "overwrite": True}
-            taking_part += (modules[n] for n in (residual, *residual.users))
     graph.lint()
     inside = (call.module for calls in scope.trace.calls.values() for call in calls)
     forward = FoldedForward(
@@ -83,40 +89,39 @@ def fuse(scope: Scope) -> None:
         scope.arguments,
         {scope.module.training: Code(graph)},
         [m for m in dict.fromkeys(inside) if m is not scope.module],
-        list(dict.fromkeys(taking_part)),
+        list(dict.fromkeys(called)),
         [],
     )
     vars(scope.module)["forward"] = forward
     forward.prepare()
 
 
-def _is_folded(module: torch.nn.Module | None) -> bool:
-    return type(module) is FoldedConv2d
-
-
 def _absorb_what_follows(scope: Scope, node: Node) -> None:
     """Let the convolution add the residual and apply the activation that alone read its output."""
     while "activation" not in node.kwargs:
         after = only_user(node)
-        if after is None or any(_may_write(n, scope) for n in _between(node, after)):
+        if after is None or any(writes(n, scope) for n in _between(node, after)):
             return
         does = _does(scope, node, after)
         if does is None or does.keys() & node.kwargs.keys():
             return
-        node = _put(scope, node, after, {**node.kwargs, **does})
+        node = _put(scope, node, after, node.args, {**node.kwargs, **does})
 
 
-def _put(scope: Scope, node: Node, after: Node, kwargs: dict[str, Any]) -> Node:
-    """Call the convolution with these keywords in the place of a node that follows it."""
-    graph, modules, calls = scope.trace.graph, scope.trace.modules, scope.trace.calls
+def _put(
+    scope: Scope, node: Node, after: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Node:
+    """Call the convolution in the place of itself or of a node that follows it."""
+    graph = scope.trace.graph
     with graph.inserting_before(after):
-        new = graph.call_module(str(node.target), node.args, kwargs)
-    modules[new], calls[new] = modules[node], calls[node]
+        new = graph.call_function(convolution, args, kwargs)
     after.replace_all_uses_with(new)
-    for old in (after, node):
+    modules, calls = scope.trace.modules, scope.trace.calls
+    modules[new], calls[new] = modules[node], calls[node]
+    for old in dict.fromkeys((after, node)):
         graph.erase_node(old)
         modules.pop(old, None)
-        calls.pop(old, None)
+        calls.pop(old)
     return new
 
 
@@ -159,13 +164,6 @@ def _between(first: Node, last: Node) -> list[Node]:
         nodes.append(node)
         node = node.next
     return nodes
-
-
-def _may_write(node: Node, scope: Scope) -> bool:
-    module = scope.trace.modules.get(node)
-    if isinstance(module, (FoldedConv2d, AddActivate)):
-        return does_more(module)
-    return may_write(node, scope.trace)
 
 
 def _is_fresh(scope: Scope, node: Node) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from normdrop import nn
-from normdrop.surgery.fold_layers import AddActivate, FoldedConv2d
+from normdrop.surgery.fold_calls import AddActivate
 from normdrop.surgery.fusion_forward import FusedForward
 from normdrop.surgery.fusion_modules import has_hooks
 from normdrop.surgery.fusion_patterns import only_user
@@ -44,7 +44,6 @@ _LAYERS: dict[type[_N.Module], int] = {
     _N.Linear: 1,
     _N.Conv1d: 1,
     _N.Conv2d: 2,
-    FoldedConv2d: 2,
     _N.Conv3d: 3,
     _N.ConvTranspose1d: 1,
     _N.ConvTranspose2d: 2,
@@ -138,7 +137,7 @@ def _is_own(module: torch.nn.Module, with_hooks: bool) -> bool:
     return (
         looks_through(module, with_hooks)
         and (forward is None or isinstance(forward, FusedForward))
-        and not isinstance(module, (AddActivate, FoldedConv2d))
+        and not isinstance(module, AddActivate)
     )
 
 
@@ -250,7 +249,7 @@ def _against_layer(record: Trace, node: Node, norm: BatchNorm, uses: _Uses) -> s
 
 def _may_add_and_activate(node: Node, layer: torch.nn.Module, uses: _Uses) -> bool:
     return (
-        type(layer) in (torch.nn.Conv2d, FoldedConv2d)
+        type(layer) is torch.nn.Conv2d
         and len(node.args) == 1
         and not node.kwargs
         and not isinstance(layer.padding, str)
