@@ -133,7 +133,8 @@ def fold(
         The folded model.
 
     Raises:
-        UserError: the result differs on the example.
+        UserError: the result differs on the example (then the model is as it was), or the model
+            cannot be copied.
 
     Example:
         >>> from normdrop import networks
@@ -149,13 +150,28 @@ def fold(
     """
     # Tensors made in inference mode could not be written to later.
     with torch.inference_mode(False), torch.no_grad():
-        # A copy runs, because a batch normalization that is still in training mode would change.
-        expected = None if example is None else _run(copy.deepcopy(model), example)
-        folded = model if inplace else copy.deepcopy(model)
-        _fold(folded, fuse)
-        if expected is not None:
-            _check(expected, _run(copy.deepcopy(folded), example))
+        folded = model
+        if example is not None or not inplace:
+            folded = _copy(model)
+            # A copy runs: a batch normalization that is still in training mode would change.
+            expected = None if example is None else _run(_copy(model), example)
+            _fold(folded, fuse)
+            if expected is not None:
+                _check(expected, _run(_copy(folded), example))
+        if inplace:
+            folded = model
+            _fold(model, fuse)
     return folded
+
+
+def _copy(model: torch.nn.Module) -> torch.nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UserError(
+            f"fold: expected a model that copy.deepcopy can copy, but {type(model).__name__} "
+            f"cannot be copied ({error}); `inplace=True`, without an example, changes it instead"
+        ) from error
 
 
 def _fold(model: torch.nn.Module, fuse_convolutions: bool) -> None:

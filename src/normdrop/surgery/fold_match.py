@@ -175,9 +175,10 @@ class _Uses:
         self.paths = {module: path for path, module in model.named_modules()}
         self.places: dict[torch.nn.Module, tuple[Scope, Node]] = {}
         self.calls: Counter[torch.nn.Module] = Counter()
-        self.names = Counter(m for _, m in model.named_modules(remove_duplicate=False))
+        modules = list(model.modules())
+        self.held = Counter(child for m in modules for child in m._modules.values())
         self.owners: Counter[int] = Counter()
-        for module in model.modules():
+        for module in modules:
             self.owners.update({id(t) for t in _tensors(module)})
         for scope in scopes:
             for node in scope.trace.graph.nodes:
@@ -191,7 +192,7 @@ class _Uses:
 
     def against(self, module: torch.nn.Module) -> str:
         """Say what forbids to change a module."""
-        if self.names[module] > 1 or self.calls[module] > 1:
+        if self.held[module] > 1 or self.calls[module] > 1:
             return "used more than once"
         if any(self.owners[id(tensor)] > 1 for tensor in _tensors(module)):
             return "shares a parameter, or it is read elsewhere"
