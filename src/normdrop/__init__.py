@@ -13,6 +13,8 @@ __all__ = [
     "accumulate",
     "convert",
     "describe",
+    "fold",
+    "fold_plan",
     "functional",
     "has_kernels",
     "networks",
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from normdrop.ops import has_kernels
     from normdrop.surgery.accumulate import accumulate
     from normdrop.surgery.convert import convert, revert
+    from normdrop.surgery.fold import fold, fold_plan
     from normdrop.surgery.plan import plan
 
 _HOME = {
@@ -35,6 +38,8 @@ _HOME = {
     "accumulate": "normdrop.surgery.accumulate",
     "convert": "normdrop.surgery.convert",
     "describe": "normdrop.inspection.describe",
+    "fold": "normdrop.surgery.fold",
+    "fold_plan": "normdrop.surgery.fold",
     "functional": "normdrop",
     "has_kernels": "normdrop.ops",
     "networks": "normdrop",

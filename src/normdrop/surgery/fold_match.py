@@ -118,6 +118,7 @@ def find_scopes(
         else:
             yield Scope(model, arguments, found)
             visited = {call.module for calls in found.calls.values() for call in calls}
+            done |= visited
     # What was called as a whole has a record of its own.
     for child in _outermost(model, visited):
         yield from find_scopes(child, done)
