@@ -97,7 +97,7 @@ def make_pair(kind: str, **options: Any) -> tuple[torch.nn.Module, torch.nn.Modu
         return normdrop.convert(copy.deepcopy(theirs)), theirs
     if kind == "low memory":
         return normdrop.convert(copy.deepcopy(theirs), memory="low"), theirs
-    ours = networks.resnet(8, 4, width=8) if kind == "network" else Ours(**options)
+    ours = networks.resnet(8, 4, width=8, **options) if kind == "network" else Ours(**options)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 

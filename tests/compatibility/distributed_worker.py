@@ -97,13 +97,16 @@ def main(folder: Path, rank: int) -> None:
     for kind, weights in start["weights"].items():
         batches = start["batches"][rank]
 
-        def make(kind=kind, weights=weights):
-            model = networks.make_pair(kind)[0]
+        def make(how="", kind=kind, weights=weights):
+            # fully_shard takes contiguous parameters only, so none in channels_last.
+            is_sharded_network = kind == "network" and how.startswith("fsdp2")
+            options = {"layout": "keep"} if is_sharded_network else {}
+            model = networks.make_pair(kind, **options)[0]
             model.load_state_dict(weights)
             return model
 
         for how in ("ddp", "fsdp1", "fsdp2", "fsdp2, every layer"):
-            results[kind, how] = train(how, make(), batches)
+            results[kind, how] = train(how, make(how), batches)
         results[kind, "frozen"] = train("ddp", make().eval(), batches[:1])
         results[kind, "accumulate"] = accumulate(make(), batches)
     torch.save(results, folder / f"{rank}.pt")

@@ -1,5 +1,7 @@
 """torch.compile of a whole network: one graph, any batch size."""
 
+import copy
+
 import torch
 import torch._dynamo.testing
 
@@ -42,6 +44,15 @@ def test_compiled_network_becomes_dynamic_by_itself(pair, images, check, step):
         step(theirs, x)
     check(ours, theirs)
     assert counter.frame_count == 2
+
+
+def test_copy_is_compiled_before_its_first_call(pair, images, check, step):
+    ours, theirs = pair()
+    compiled, counter = compiled_with_counter(copy.deepcopy(ours))
+    x = images()
+    torch.testing.assert_close(step(compiled, x), step(theirs, x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+    check(compiled._orig_mod, theirs)
 
 
 def test_compiled_by_the_default_backend(pair, images, check, step):

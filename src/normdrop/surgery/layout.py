@@ -26,6 +26,8 @@ def set_layout(model: torch.nn.Module, layout: Layout) -> None:
     numbers, parameter objects and the state_dict stay, only strides change. The input comes in
     either layout; one in NCHW is brought over by the first convolution.
 
+    ``torch.distributed.fsdp.fully_shard`` takes contiguous parameters only: "keep" is for it.
+
     Args:
         model: any module.
         layout: "channels_last" lays out the weights of all 2-D convolutions, plain, grouped,
