@@ -87,6 +87,15 @@ def accumulate(model: torch.nn.Module, batches: list[Tensor]) -> dict[str, Tenso
     return whole("ddp", model)
 
 
+def two_forwards(model: torch.nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """One step of SGD for all batches in one backward."""
+    model = DDP(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.stack([model(x).sin().mean() for x in batches]).sum().backward()
+    optimizer.step()
+    return whole("ddp", model)
+
+
 def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     networks = load_networks()
@@ -108,6 +117,7 @@ def main(folder: Path, rank: int) -> None:
         for how in ("ddp", "fsdp1", "fsdp2", "fsdp2, every layer"):
             results[kind, how] = train(how, make(how), batches)
         results[kind, "frozen"] = train("ddp", make().eval(), batches[:1])
+        results[kind, "two forwards"] = two_forwards(make(), batches)
         results[kind, "accumulate"] = accumulate(make(), batches)
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()

@@ -1,4 +1,7 @@
-"""normdrop.accumulate against torch on the concatenated batch, and what it leaves alone."""
+"""normdrop.accumulate against torch on the concatenated batch, and what it leaves alone.
+
+Without it, the statistics move with every micro-batch (pytorch#46516).
+"""
 
 import copy
 import io

@@ -1,4 +1,7 @@
-"""DistributedDataParallel and both FSDPs on two processes, against torch's layers in one."""
+"""DistributedDataParallel and both FSDPs on two processes, against torch's layers in one.
+
+DDP refuses every subclass of torch.nn.SyncBatchNorm on the CPU; ours are none.
+"""
 
 import copy
 import os
@@ -93,6 +96,21 @@ def test_two_processes_with_frozen_statistics_train_as_one_with_the_whole_batch(
     model(torch.cat([b[0] for b in batches])).sin().mean().backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     same([result[kind, "frozen"] for result in results], [model, model])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_forwards_before_one_backward(trained, kind):
+    """DDP sends the buffers again before the second forward (pytorch#22095, #175024)."""
+    results, theirs, batches = trained
+    replicas = [copy.deepcopy(theirs[kind]) for _ in batches]
+    for replica, mine in zip(replicas, batches, strict=True):
+        sum(replica(x).sin().mean() for x in mine).backward()
+    average_gradients(replicas)
+    for replica, result in zip(replicas, results, strict=True):
+        torch.optim.SGD(replica.parameters(), lr=0.1).step()
+        state = result[kind, "two forwards"]
+        for name, p in replica.named_parameters():
+            torch.testing.assert_close(state[name], p, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -252,6 +252,14 @@ ERRORS = [
         RuntimeError,
         "weight should contain 3 elements not 1",
     ),
+    *(
+        (
+            lambda given=given: functional.batch_norm(torch.randn(5, 3), *given, training=True),
+            ValueError,
+            "running_mean and running_var must either both be None or neither be None",
+        )
+        for given in ((torch.zeros(3), None), (None, torch.ones(3)))
+    ),
     (lambda: nn.BatchNorm1d(3, activation="gelu"), ValueError, "got 'gelu'"),
     (lambda: nn.BatchNorm1d(3, nonfinite="ignore"), ValueError, "got 'ignore'"),
     (

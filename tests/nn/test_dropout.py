@@ -144,6 +144,7 @@ def test_dropped_infinities_and_nans_give_zero():
 
 
 def test_dropout_shards_get_the_whole_batchs_mask():
+    """Data-parallel ranks of one seed drop the same elements otherwise (transformers#31412)."""
     x = torch.ones(10, 3, 5)
     whole = functional.dropout(x, keep=0.5, seed=11)
     parts = [
@@ -154,6 +155,7 @@ def test_dropout_shards_get_the_whole_batchs_mask():
 
 
 def test_dropout_generator_is_used_and_leaves_torchs_alone():
+    """torch's dropout takes no generator (pytorch#76580)."""
     x = torch.ones(100)
     generator = torch.Generator().manual_seed(3)
     state = torch.get_rng_state()

@@ -66,6 +66,7 @@ def layouts(x):
 @pytest.mark.parametrize("keep", [0.5, 0.9, 1 - 2**-17])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dropout_equals_reference_in_every_layout(shape, keep):
+    """torch's mask changes with the memory format (SEMANTICS, trap 8)."""
     x = torch.randn(shape)
     expected = with_reference(x, keep, 17)
     for y in layouts(x):
@@ -117,6 +118,7 @@ def test_dropout_equals_reference_for_any_shape_and_strides(data):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_dropout_is_the_same_for_any_number_of_threads(threads):
+    """torch draws by one thread, from a serial generator (pytorch#6940, #138199)."""
     x = torch.randn(8, 48, 33, 31)
     expected = with_reference(x, 0.8, 5)
     shared = with_reference(x, 0.8, 5, shared_dims=(2, 3))

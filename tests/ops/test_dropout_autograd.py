@@ -49,6 +49,7 @@ def test_gradient_has_the_mask_of_the_output(dtype):
 
 
 def test_nothing_but_the_seed_is_kept_for_backward():
+    """torch on the CPU keeps a float mask, 4 bytes an element (SEMANTICS, trap 8)."""
     x = torch.randn(1000, 100, requires_grad=True)
     kept = []
 

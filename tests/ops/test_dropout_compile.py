@@ -45,6 +45,11 @@ def both(f, *inputs, **options):
 
 
 def test_compiled_masks_are_those_of_eager_mode():
+    """torch's compiled dropout draws other masks than its eager one.
+
+    pytorch#118735, #94855, #192635.
+    """
+
     def f(x):
         a, b = functional.dropout(x), functional.dropout(x)  # equal calls must not be merged
         return a, b, functional.dropout2d((a + b).relu(), 0.3), functional.alpha_dropout(a, 0.2)
@@ -135,6 +140,7 @@ def test_exported_masks_are_those_of_eager_mode():
 
 
 def test_exported_evaluation_has_no_dropout():
+    """Dropout left in the graph after eval(): pytorch#103681, #151726, #156542."""
     model = nn.Sequential(nn.Linear(3, 3), normdrop.nn.Dropout(0.5)).eval()
     program = torch.export.export(model, (torch.randn(2, 3),))
     assert not [

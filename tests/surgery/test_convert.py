@@ -85,6 +85,7 @@ def test_a_checkpoint_of_the_original_loads_and_theirs_takes_ours():
 
 
 def test_a_shared_layer_stays_shared():
+    """torch's convert_sync_batchnorm leaves the second reference as it was."""
     layer = torch.nn.BatchNorm2d(3)
     model = torch.nn.ModuleDict({"a": layer, "b": torch.nn.Sequential(layer)})
     normdrop.convert(model)
@@ -96,6 +97,7 @@ def test_a_shared_layer_stays_shared():
 
 
 def test_hooks_fire_as_before():
+    """torch's convert_sync_batchnorm drops them."""
     model, calls = small(), []
     model[1].register_forward_hook(lambda m, x, y: calls.append("forward"))
     model[1].register_forward_pre_hook(lambda m, x: calls.append("before"))
