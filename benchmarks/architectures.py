@@ -63,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             runner.merge(options.output / "architectures.csv", [row], COLUMNS, KEYS)
             print(line(row), flush=True)
     print(f"{failures} failed")
-    print(summary(runner.read_rows(options.output / "architectures.csv")))
+    rows = runner.read_rows(options.output / "architectures.csv")
+    print(summary(rows))
+    if not options.quick and options.output == runner.RESULTS:
+        text = f"{summary(rows)}\n\n{why_not(rows)}"
+        runner.write_section("architectures", text, [runner.ROOT / "docs" / "convert.md"])
     return min(failures, 1)
 
 
@@ -352,8 +356,9 @@ def line(row: runner.Row) -> str:
 def summary(rows: Sequence[runner.Row]) -> str:
     """A table by package."""
     lines = []
-    for source in dict.fromkeys(row["source"] for row in rows):
-        of = [row for row in rows if row["source"] == source]
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    for source in [*sources, "all"]:
+        of = [row for row in rows if source in (row["source"], "all")]
         speeds = [row["speed"] for row in of if row["speed"] != "" and row["layers"]]
         lines.append(
             (
@@ -364,10 +369,26 @@ def summary(rows: Sequence[runner.Row]) -> str:
                 str(sum(row["converted"] or 0 for row in of)),
                 str(sum(row["fused"] or 0 for row in of)),
                 f"{statistics.median(speeds):.2f}" if speeds else "",
+                f"{min(speeds):.2f}-{max(speeds):.2f}" if speeds else "",
             )
         )
     header = ("from", "architectures", "equal", "layers", "converted", "fused", "median speed")
-    return runner.markdown(header, lines)
+    return runner.markdown((*header, "range"), lines)
+
+
+def why_not(rows: Sequence[runner.Row]) -> str:
+    """The reasons for which norms are not fused, in all architectures, with how often each."""
+    counted: Counter[str] = Counter()
+    for row in rows:
+        for part in filter(None, str(row["unfused"]).split("; ")):
+            count, _, reason = part.partition(" ")
+            reason = re.sub(r"used \d+ times", "used more than once", reason)
+            reason = re.sub(r"the code of .* not traced.*", "the code cannot be traced", reason)
+            reason = re.sub(r"what .* returns", "what its module returns", reason)
+            counted[reason or "other"] += int(count)
+    shown = [(reason, str(count)) for reason, count in counted.most_common(12)]
+    rest = sum(counted.values()) - sum(int(count) for _, count in shown)
+    return runner.markdown(("why a norm is not fused", "norms"), [*shown, ("all else", str(rest))])
 
 
 if __name__ == "__main__":

@@ -335,6 +335,39 @@ def test_a_norm_does_not_wait_for_the_addition_where_its_input_is_written(late, 
         torch.testing.assert_close(converted(images.clone()), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_norm_does_not_wait_while_a_container_writes_to_its_input(writes, images):
+    original = spread(
+        Block(
+            lambda m, y, x: m.relu(y) + m.relu(m.bn2(x) + m.rest(x)),
+            bn2=nn.BatchNorm2d(3),
+            rest=nn.Sequential(nn.Sequential(nn.ReLU(inplace=writes))),
+        )
+    ).eval()
+    converted = normdrop.convert(copy.deepcopy(original))
+    with torch.no_grad():
+        expected = original(images.clone())
+        torch.testing.assert_close(converted(images.clone()), expected, rtol=1e-4, atol=1e-4)
+
+
+class OneConvolution(nn.Sequential):
+    """As MONAI's: a container of its own class, of which nobody knows whether it writes."""
+
+
+def test_a_shortcut_in_a_container_is_no_hindrance(convert_checked):
+    def tail(m, y, x):
+        z = m.relu(m.bn2(m.conv2(m.relu(y))))
+        z = m.bn3(m.conv3(z))
+        z += m.bn4(m.shortcut(x))
+        return m.relu(z)
+
+    children = {f"conv{i}": OneConvolution(conv()) for i in (2, 3)}
+    children |= {f"bn{i}": nn.BatchNorm2d(3) for i in (2, 3, 4)}
+    block = spread(Block(tail, shortcut=OneConvolution(conv()), **children))
+    expected = {"bn": "with relu", "bn2": "with relu", "bn3": "with add, relu"}
+    convert_checked(block, expected)
+
+
 class Counting(Block):
     def forward(self, x):
         self.calls = getattr(self, "calls", 0) + 1

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import weakref
@@ -104,6 +105,12 @@ def test_a_wrong_call_fails_as_it_does_unconverted(pair):
     for model in pair:
         with pytest.raises(TypeError, match=r"forward\(\) missing 1 required positional"):
             model()
+
+
+def test_the_signature_is_that_of_the_model(pair):
+    """Trainers look there for the names of the columns that a model takes."""
+    signatures = [inspect.signature(model.forward) for model in pair]
+    assert signatures[0] == signatures[1]
 
 
 def test_exchanged_layers_outside_the_pattern_are_used(pair, images, fused_calls):

@@ -55,10 +55,19 @@ class Scope:
 
 @dataclass
 class _Place:
-    """What a scope was called with, and the modules between it and its patterns."""
+    """What a scope was called with, and what lies in it.
+
+    Attributes:
+        arguments: TENSOR or a constant for each.
+        norms: those that are to be fused.
+        inner: the modules between the scope and its patterns.
+        beside: those that are called between a norm and the addition that it waits for.
+    """
 
     arguments: tuple[Any, ...]
+    norms: set[torch.nn.Module] = field(default_factory=set)
     inner: set[torch.nn.Module] = field(default_factory=set)
+    beside: set[torch.nn.Module] = field(default_factory=set)
 
 
 def find(model: torch.nn.Module) -> list[Scope]:
@@ -178,7 +187,13 @@ def _place(pattern: Pattern, found: Trace, places: dict[torch.nn.Module, _Place]
         depth -= 1
     call = chains[0][depth - 1]
     place = places.setdefault(call.module, _Place(call.arguments or ()))
+    place.norms.add(found.modules[pattern.norm])
     place.inner.update(c.module for chain in chains for c in chain[depth:])
+    if pattern.add is not None:
+        nodes = list(found.graph.nodes)
+        between = nodes[nodes.index(pattern.norm) : nodes.index(pattern.add)]
+        # A call that is under way at both ends is under way between them.
+        place.beside.update(c.module for node in between for c in found.calls[node][depth:])
 
 
 def _can_be_scope(call: Call) -> bool:
@@ -212,12 +227,19 @@ def _patterns_of(
     module: torch.nn.Module, training: bool, place: _Place
 ) -> tuple[Trace | None, list[Pattern]]:
     """The scope traced with as few modules looked into as will do, or else with all."""
-    for looks_into in (place.inner.__contains__, _may_look_into):
+    best: tuple[Trace | None, list[Pattern]] = (None, [])
+    for looks_into in (
+        place.inner.__contains__,
+        (place.inner | place.beside).__contains__,
+        _may_look_into,
+    ):
         try:
             found = trace(module, training, place.arguments, looks_into)
         except Untraceable:
             continue
         patterns = find_patterns(found)
-        if patterns:
-            return found, patterns
-    return None, []
+        if len(patterns) > len(best[1]):
+            best = found, patterns
+        if place.norms <= {found.modules[pattern.norm] for pattern in patterns}:
+            break
+    return best

@@ -235,9 +235,12 @@ def _may_wait(norm: Node, add: Node, trace: Trace, order: dict[Node, int]) -> bo
 def may_write(node: Node, trace: Trace) -> bool:
     """Whether a node may write to a tensor that it is given."""
     if node.op == "call_module":
-        module = trace.modules[node]
-        is_torchs = type(module).__module__.startswith(("torch.nn.modules", "normdrop.nn."))
-        return not is_torchs or has_hooks(module) or bool(getattr(module, "inplace", False))
+        return any(
+            not type(module).__module__.startswith(("torch.nn.modules", "normdrop.nn."))
+            or has_hooks(module)
+            or bool(getattr(module, "inplace", False))
+            for module in trace.modules[node].modules()
+        )
     if node.op == "call_method":
         return str(node.target).endswith("_")
     if node.op == "call_function":
