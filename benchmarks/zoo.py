@@ -196,9 +196,9 @@ _CIFAR = {
 }
 _LARGER = {
     "inceptionresnetv1": ("inceptionresnetv1", 128),
-    "inceptionresnetv2": ("inceptionresnetv2", 96),
-    "inceptionv3": ("inceptionv3", 96),
-    "inceptionv4": ("inceptionv4", 96),
+    "inceptionresnetv2": ("inceptionresnetv2", 128),
+    "inceptionv3": ("inceptionv3", 128),
+    "inceptionv4": ("inceptionv4", 128),
     "nasnet": ("nasnet_4a1056", 96),
     "scnet": ("scnet50", 128),
     "xception": ("xception", 96),
@@ -238,7 +238,7 @@ def _pytorchcv() -> Iterator[Architecture]:
                 draws = name.startswith(_DRAWS)
                 yield Architecture("pytorchcv", name, make, shape, timed, draws)
     for module, (name, size) in _LARGER.items():
-        yield Architecture("pytorchcv", name, partial(_cv, module, name), (2, 3, size, size))
+        yield Architecture("pytorchcv", name, partial(_cv, module, name), (4, 3, size, size))
     for module, name in _DENSE.items():
         make = partial(_cv, module, name, in_size=(64, 64))
         yield Architecture("pytorchcv", name, make, (2, 3, 64, 64))
@@ -267,7 +267,7 @@ class _Speech(torch.nn.Module):
 # ---- transformers ------------------------------------------------------------------------------
 
 _TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "Bit": {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [2, 2]},
+    "Bit": {"embedding_size": 64, "hidden_sizes": [128, 256], "depths": [2, 2]},
     "ConvNext": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
     "ConvNextV2": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
     "Cvt": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},

@@ -368,6 +368,74 @@ def test_a_shortcut_in_a_container_is_no_hindrance(convert_checked):
     convert_checked(block, expected)
 
 
+class Pair(nn.Module):
+    """Gives a second tensor only where it is to; ``branches`` makes it impossible to trace."""
+
+    def __init__(self, second, branches):
+        super().__init__()
+        self.second, self.branches = second, branches
+
+    def forward(self, x):
+        if self.branches and x.sum() > 1e9:
+            return x, x
+        return x * 2.0, (x + 1.0 if self.second else None)
+
+
+def ask_here(m, y, x):
+    y, z = m.pair(y)
+    y = m.relu(m.bn2(y))
+    return y if z is None else y + z
+
+
+def ask_in_a_function(m, y, x):
+    y, z = m.pair(y)
+    return add_where_there_is_one(m.relu(m.bn2(y)), z)
+
+
+def add_where_there_is_one(y, z):
+    return y + z if z is not None else y
+
+
+def ask_in_a_module(m, y, x):
+    y, z = m.pair(y)
+    return m.add(m.relu(m.bn2(y)), z)
+
+
+class AddWhereThereIsOne(nn.Module):
+    def forward(self, y, z=None):
+        if None is not z:
+            y = y + z
+        return y
+
+
+class Asking(Block):
+    def forward(self, x):
+        return self.tail(self, self.bn(self.conv(x)), x)
+
+
+class AskingHere(Asking):
+    def forward(self, x):
+        return ask_here(self, self.bn(self.conv(x)), x)
+
+
+class AskingInAFunction(Asking):
+    def forward(self, x):
+        return ask_in_a_function(self, self.bn(self.conv(x)), x)
+
+
+@pytest.mark.parametrize("second", [True, False])
+@pytest.mark.parametrize("branches", [True, False])
+@pytest.mark.parametrize("kind", [AskingHere, AskingInAFunction, Asking])
+def test_what_another_module_gives_may_be_none(kind, branches, second, images, as_original):
+    """A proxy of it would never be; found with the octave convolutions of pytorchcv."""
+    children = {"pair": Pair(second, branches), "add": AddWhereThereIsOne()}
+    original = spread(kind(ask_in_a_module, bn2=nn.BatchNorm2d(3), **children))
+    converted = normdrop.convert(copy.deepcopy(original))
+    as_original(converted, original)
+    if not branches:
+        assert normdrop.plan(original).count("fuse") == 1
+
+
 class Counting(Block):
     def forward(self, x):
         self.calls = getattr(self, "calls", 0) + 1

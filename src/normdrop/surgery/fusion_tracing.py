@@ -24,6 +24,7 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normdrop.surgery.fusion_code import tests_for_none
 from normdrop.surgery.fusion_modules import PLAIN, has_hooks, is_plain_tensor_module, patched
 from normdrop.surgery.fusion_state import (
     Untraceable,
@@ -196,6 +197,23 @@ def _is_tensor(proxy: Any, modules: dict[Node, torch.nn.Module]) -> bool:
     return True
 
 
+def _may_be_none(node: Node, modules: dict[Node, torch.nn.Module]) -> bool:
+    """Whether this is what a module of somebody's gave, or a part of that."""
+    while node.target is operator.getitem and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node.op == "call_module" and not is_plain_tensor_module(modules[node])
+
+
+def _flat(thing: Any) -> Iterator[Any]:
+    if isinstance(thing, dict):
+        thing = list(thing.values())
+    if isinstance(thing, (list, tuple)):
+        for inner in thing:
+            yield from _flat(inner)
+    else:
+        yield thing
+
+
 # ---- Watching the code that runs ---------------------------------------------------------------
 
 
@@ -337,7 +355,9 @@ class _Tracer(torch.fx.Tracer):
     def call_module(
         self, m: torch.nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self.looks_into(m) and m not in self.failed:
+        given = [a for a in _flat((args, kwargs)) if isinstance(a, Proxy)]
+        asks = tests_for_none(type(m)) and any(_may_be_none(a.node, self.targets) for a in given)
+        if self.looks_into(m) and m not in self.failed and not asks:
             mark, before = len(self.calls), state_of(m)
             self.stack += (Call(m, _arguments(m, args, kwargs)),)
             try:
@@ -357,6 +377,10 @@ class _Tracer(torch.fx.Tracer):
             isinstance(a, (list, dict, set)) for a in (*args, *kwargs.values())
         ):
             raise Untraceable("a module may write to the list that it is given")
+        if not is_plain_tensor_module(m) and any(
+            tests_for_none(type(call.module)) for call in self.stack
+        ):
+            raise Untraceable(f"what {type(m).__name__} gives may be None, and it asks for that")
         proxy = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
         self.targets[proxy.node] = m
         return proxy
