@@ -158,7 +158,7 @@ def providers(case: Case, with_fused: bool, with_peers: bool) -> Iterator[Provid
             yield Provider(name, layout, step_measure(run, parameters, batch, labels, fused))
 
     def converted(name: str, fused: bool = False) -> Provider:
-        model = normdrop.convert(copy(), layout="auto")
+        model = normdrop.convert(copy(), layout="auto", linear="auto")
         return Provider(name, AUTO, step_measure(model, model.parameters(), x, labels, fused))
 
     yield from torchs("torch")

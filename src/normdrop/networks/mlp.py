@@ -8,6 +8,7 @@ from torch import Tensor
 from normdrop import nn
 from normdrop.errors import UserError
 from normdrop.networks.layers import check_count, check_keep, dropout, initialize, norm1d
+from normdrop.nn.linear import Linear
 from normdrop.surgery.memory import Memory, with_memory
 
 __all__ = ["MLP", "mlp"]
@@ -75,13 +76,13 @@ class MLP(torch.nn.Module):
         layers: list[torch.nn.Module] = []
         for width, keep in zip(hidden, keeps, strict=True):
             layers += [
-                torch.nn.Linear(first, width, bias=not norm),
+                Linear(first, width, bias=not norm),
                 norm1d(width, norm=norm, activation="relu"),
                 dropout(keep),
             ]
             first = width
         self.hidden = torch.nn.Sequential(*layers)
-        self.fc = torch.nn.Linear(first, classes)
+        self.fc = Linear(first, classes)
         initialize(self, self.output)
 
     @property

@@ -15,6 +15,7 @@ from normdrop.networks.layers import (
     initialize,
     norm2d,
 )
+from normdrop.nn.linear import Linear
 from normdrop.surgery.layout import Layout, set_layout
 from normdrop.surgery.memory import Memory, with_memory
 
@@ -119,13 +120,13 @@ class VGG(torch.nn.Module):
         self.features = torch.nn.Sequential(*layers)
         self.avgpool = torch.nn.AdaptiveAvgPool2d(pool)
         self.classifier = torch.nn.Sequential(
-            torch.nn.Linear(channels * pool * pool, hidden),
+            Linear(channels * pool * pool, hidden),
             torch.nn.ReLU(inplace=True),
             dropout(keep_hidden),
-            torch.nn.Linear(hidden, hidden),
+            Linear(hidden, hidden),
             torch.nn.ReLU(inplace=True),
             dropout(keep_hidden),
-            torch.nn.Linear(hidden, classes),
+            Linear(hidden, classes),
         )
         initialize(self, self.output)
         set_layout(self, layout)

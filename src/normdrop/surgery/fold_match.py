@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from normdrop import nn
+from normdrop.nn.linear import Linear
 from normdrop.surgery.fold_calls import AddActivate
 from normdrop.surgery.fusion_forward import FusedForward
 from normdrop.surgery.fusion_modules import has_hooks
@@ -42,6 +43,7 @@ _NORMS: dict[type[_N.Module], int | None] = {
 
 _LAYERS: dict[type[_N.Module], int] = {
     _N.Linear: 1,
+    Linear: 1,
     _N.Conv1d: 1,
     _N.Conv2d: 2,
     _N.Conv3d: 3,

@@ -1,0 +1,46 @@
+"""Give linear layers the faster library's products, and take them away."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+from normdrop.errors import UserError
+from normdrop.nn.linear import Linear
+
+__all__ = ["Products", "restore_linear", "set_linear"]
+
+Products = Literal["auto", "keep"]
+
+
+def set_linear(model: torch.nn.Module, linear: Products) -> None:
+    """With "auto", let torch.nn.Linear layers choose their library; "keep" changes nothing.
+
+    The layers stay the same objects and get the class :class:`normdrop.nn.linear.Linear`, which
+    decides at every call. Subclasses, and layers that are parametrized or prepared for
+    quantization, stay.
+
+    Raises:
+        UserError: another word.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3))
+        >>> set_linear(model, "auto")
+        >>> type(model[0]).__module__
+        'normdrop.nn.linear'
+    """
+    if linear not in get_args(Products):
+        raise UserError(f'Expected `linear` to be "auto" or "keep" but got {linear!r}')
+    if linear == "keep":
+        return
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and getattr(module, "qconfig", None) is None:
+            module.__class__ = Linear
+
+
+def restore_linear(model: torch.nn.Module) -> None:
+    """Give torch's class back."""
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = torch.nn.Linear  # type: ignore[assignment]
