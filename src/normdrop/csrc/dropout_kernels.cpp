@@ -45,8 +45,8 @@ struct LaneMaskOf<8> {
 template <class T>
 using LaneMask = typename LaneMaskOf<Lanes<T>::width>::type;
 
-// Keeps the compiler from joining the load of x with what masks it: from memory that is not in the
-// cache, Zen 5 took three times as long for a masked load as for a whole one.
+// Keeps the compiler from making one masked load of a load and its choice: that would wait for the
+// mask, and took three times as long where x comes from memory (Zen 5).
 template <class V>
 NORMDROP_INLINE V as_loaded(V x) {
   asm("" : "+v"(x));
