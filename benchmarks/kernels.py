@@ -4,7 +4,8 @@ Every operator, shape, type and number of threads is one case. In a case torch a
 turn, in both memory layouts, forward alone and forward with backward, as a module's user calls them
 and with autograd. Printed, and written to kernels.csv: median, minimum and quartiles, the median
 in cold copies beside the floor (see operators.py), and the ratio to torch in the same layout and in
-torch's better layout. Then kernels.png and the tables in README.md and docs/benchmarks.md.
+torch's better layout. Then kernels.png and the tables in README.md, docs/benchmarks.md and
+docs/dropout.md.
 """
 
 from __future__ import annotations
@@ -240,6 +241,32 @@ def details(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def dropout_rows(rows: Sequence[Row]) -> str:
+    """docs/dropout.md's table: forward and backward, all threads."""
+    threads = max((row["threads"] for row in rows), default=1)
+    header = ["shape, layout, type", "normdrop, median", "minimum", "median in cold copies"]
+    header += ["torch, median", "times faster"]
+    lines = []
+    for row in rows:
+        wanted = {"operator": "dropout", "provider": "normdrop", "threads": threads, "pass": BOTH}
+        if any(row[name] != value for name, value in wanted.items()):
+            continue
+        theirs = pick(rows, **{name: row[name] for name in KEYS[:6]}, provider="torch")
+        if theirs is not None:
+            shape = row["shape"].replace("x", ", ")
+            lines.append(
+                [
+                    f"({shape}), {row['layout']}, {row['dtype']}",
+                    number(row["median_ms"]),
+                    number(row["min_ms"]),
+                    copies(row),
+                    number(theirs["median_ms"]),
+                    f"{row['ratio']:.1f}",
+                ]
+            )
+    return runner.markdown(header, lines) if lines else "Not measured yet."
+
+
 def _every() -> Iterator[tuple[Any, tuple[int, ...]]]:
     for operator in OPERATORS:
         for shape in SHAPES:
@@ -284,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.output.resolve() == runner.RESULTS:
         runner.write_section("kernels", headline(rows))
         runner.write_section("kernels-all", details(rows))
+        runner.write_section("dropout", dropout_rows(rows), [runner.ROOT / "docs" / "dropout.md"])
     print(f"\n{path}")
     return 0
 
