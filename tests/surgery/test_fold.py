@@ -224,6 +224,26 @@ def test_layers_under_two_names_but_called_once_are_folded():
     assert folded[1].also is folded[0]
 
 
+class OneByOne(N.Module):
+    """Calls the children of a container that is never called itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = N.Sequential(pair(N.Conv2d(3, 8, 1)), pair(N.Conv2d(8, 8, 1)))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x).relu()
+        return x
+
+
+def test_children_of_a_container_that_is_not_called_are_folded():
+    model = settled(OneByOne())
+    assert not fold_plan(model).left
+    x = torch.randn(2, 3, 9, 9)
+    assert_close(fold(model)(x), in_float64(model, x))
+
+
 def test_other_forward_is_left():
     model = with_other_forward().eval()
     assert fold_plan(model).left[0].why == "0 has a hook"

@@ -68,6 +68,11 @@ def fuse(scope: Scope, convolutions: list[Node]) -> None:
         return
     # Everything that is called must stay what it is; a hook set later would see another layout.
     called = [module for module in modules.values() if not does_more(module)]
+    for node in [n for n, m in modules.items() if type(m) is torch.nn.Identity]:
+        if not does_more(modules[node]) and len(node.args) == 1 and isinstance(node.args[0], Node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            del modules[node], scope.trace.calls[node]
     made = []
     for node in convolutions:
         with graph.inserting_before(node):
@@ -130,8 +135,6 @@ def _does(scope: Scope, node: Node, after: Node) -> dict[str, Any] | None:
     module = scope.trace.modules.get(after)
     if module is not None and does_more(module):
         return None
-    if type(module) is torch.nn.Identity:
-        return {}
     if type(module) is AddActivate:
         residual = after.args[1] if len(after.args) > 1 else after.kwargs.get("residual")
         given = {"residual": residual, "activation": module.activation}

@@ -106,6 +106,7 @@ def find_scopes(
         return
     done.add(model)
     visited: set[torch.nn.Module] = set()
+    called: set[torch.nn.Module] = set()
     if _is_own(model, True):
         try:
             arguments = default_arguments(model)
@@ -120,16 +121,21 @@ def find_scopes(
         else:
             yield Scope(model, arguments, found)
             visited = {call.module for calls in found.calls.values() for call in calls}
+            called = set(found.modules.values())
             done |= visited
-    # What was called as a whole has a record of its own.
-    for child in _outermost(model, visited):
+    # What was called as a whole, or not at all, has a record of its own.
+    for child in _outermost(model, visited, called):
         yield from find_scopes(child, done)
 
 
-def _outermost(module: torch.nn.Module, visited: set[torch.nn.Module]) -> Iterator[torch.nn.Module]:
+def _outermost(
+    module: torch.nn.Module, visited: set[torch.nn.Module], called: set[torch.nn.Module]
+) -> Iterator[torch.nn.Module]:
+    known = visited | called
     for child in module.children():
-        if child in visited:
-            yield from _outermost(child, visited)
+        # A mere container of what is called one by one has no part in it.
+        if child in visited or (child not in called and not known.isdisjoint(child.modules())):
+            yield from _outermost(child, visited, called)
         else:
             yield child
 
