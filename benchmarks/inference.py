@@ -96,8 +96,6 @@ def _session(model: torch.nn.Module, x: Tensor, folder: Path) -> Any:
         torch.onnx.export(copy.deepcopy(model), (x,), str(path), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads would go on spinning while it is another's turn.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

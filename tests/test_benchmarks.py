@@ -257,3 +257,19 @@ def test_the_networks_of_the_benchmark_are_ours_written_by_a_user(script):
             theirs, ours = case.theirs(), case.ours()
         shapes = [sorted(tuple(p.shape) for p in m.parameters()) for m in (theirs, ours)]
         assert shapes[0] == shapes[1], case.name
+
+
+def test_inference_compares_logits_and_writes_its_table(script, tmp_path, monkeypatch):
+    inference = script("inference")
+    monkeypatch.setattr(inference, "_compiled", lambda model: model)
+    monkeypatch.setattr(inference, "_session", lambda model, x, folder: None)
+    assert inference.main(["--quick", "--threads", "1", "--output", str(tmp_path)]) == 0
+    rows = read(tmp_path / "inference.csv")
+    assert set(rows[0]) == {*inference.COLUMNS, "processor", "torch"}
+    assert {row["provider"] for row in rows} == set(inference.TITLES) - {"onnxruntime"}
+    assert all(0 <= float(row["difference"]) < 1e-5 for row in rows)
+    row = {"network": "ResNet-18", "batch": 1, "threads": 2, "median_ms": 20.0, "ratio": 1.0}
+    rows = [{**row, "provider": "eager"}, {**row, "provider": "fold", "median_ms": 10, "ratio": 2}]
+    assert "| ResNet-18, batch 1, 2 threads | 20.0 | 10.0 (2.00×) |" in inference.table(rows)
+    with pytest.raises(RuntimeError, match="other logits"):
+        inference._difference(torch.ones(2), torch.zeros(2).double() + 2)
