@@ -389,16 +389,20 @@ def test_converted_model(memory):
     model = settled(N.Sequential(pair(), N.ReLU(), pair(N.Conv2d(8, 8, 3)), N.ReLU()))
     x = torch.randn(2, 3, 9, 9)
     want = in_float64(model, x)
-    converted = normdrop.convert(copy.deepcopy(model))
-    if memory == "low":
-        from normdrop.surgery.memory import save_memory
-
-        save_memory(converted)
+    converted = normdrop.convert(copy.deepcopy(model), memory=memory)
     folded = fold(converted, x)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert_close(folded(x), want)
+
+
+def test_converted_perceptron():
+    model = settled(N.Sequential(N.Linear(7, 8), N.BatchNorm1d(8), N.ReLU(), N.Linear(8, 2)))
+    x = torch.randn(5, 7)
+    converted = normdrop.convert(copy.deepcopy(model))
+    assert not fold_plan(converted).left
+    assert_close(fold(converted)(x), in_float64(model, x))
 
 
 def test_quantization_aware_training_is_left():

@@ -172,7 +172,7 @@ MODELS = {
         lambda: networks.wide_resnet(10, 1, 5),
         (3, 16, 16),
     ),
-    "ours, vgg": (lambda: networks.build("vgg11", classes=5, input_shape=(3, 32, 32)), (3, 32, 32)),
+    "ours, vgg": (lambda: networks.vgg(11, 5, width=4, hidden=8, pool=1), (3, 32, 32)),
     "ours, mlp": (lambda: networks.mlp((12, 9, 4)), (12,)),
     "converted": (lambda: normdrop.convert(ResNet()), (3, 33, 40)),
 }
