@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.func import functional_call, grad
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -17,11 +18,14 @@ def same(one, two):
 
 def test_network_compiles_to_one_graph_for_any_batch(network, images, check, step):
     ours, theirs = network
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, fullgraph=True)
     for batch in (16, 21):
         x = images(batch)
+        torch._dynamo.mark_dynamic(x, 0)
         same(step(compiled, x), step(theirs, x))
     check(ours, theirs)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
