@@ -273,7 +273,7 @@ def test_batch_norm_in_a_forked_worker():
     data = _Normalized()
     wanted = [data[i] for i in range(4)]  # the kernel has run, with its threads, before the fork
     loader = torch.utils.data.DataLoader(
-        data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+        data, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
     )
     for one, two in zip(loader, wanted, strict=True):
         assert torch.equal(one, two)
