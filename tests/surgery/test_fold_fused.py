@@ -355,6 +355,31 @@ def test_changes_after_folding_take_effect(change, copied):
         assert_close(folded(x), in_float64(plain, x))
 
 
+class Doubles(N.Module):
+    """What it gives depends on an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.doubles = N.Conv2d(3, 8, 3), N.BatchNorm2d(8), False
+
+    def forward(self, x):
+        y = torch.relu(self.bn(self.conv(x)))
+        return 2 * y if self.doubles else y
+
+
+@pytest.mark.parametrize("surgery", [fold, normdrop.convert])
+def test_copy_of_a_model_whose_attribute_was_changed(surgery):
+    model = settled(Doubles())
+    x = torch.randn(2, 3, 9, 9)
+    want = 2 * in_float64(model, x)
+    changed = surgery(model)
+    with torch.inference_mode():
+        changed(x)
+        changed.doubles = True
+        assert_close(changed(x), want)
+        assert_close(copy.deepcopy(changed)(x), want)
+
+
 def test_training_mode_runs_the_models_own_forward():
     model = settled(N.Sequential(N.Conv2d(3, 8, 3), N.BatchNorm2d(8), N.Dropout(0.5), N.ReLU()))
     folded = fold(model)

@@ -54,12 +54,6 @@ class FoldedForward(FusedForward):
             return type(self.module).forward(self.module, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        # A copy notes the facts anew: what holds no longer must not seem to hold in it.
-        holds = self._facts is None or self._holds(self.module.training)
-        return state if holds else {**state, "codes": {}}
-
 
 def fuse(scope: Scope, convolutions: list[Node]) -> None:
     """Let convolutions do what follows them, and let the module's forward call them so."""

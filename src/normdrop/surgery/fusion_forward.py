@@ -189,13 +189,16 @@ class FusedForward:
         return tensors
 
     def _holds(self, training: bool) -> bool:
-        """Whether everything that the code rests on is as it was."""
+        """Whether the code may run: everything that it rests on is as it was."""
         if _has_any_global_hook():
             return False
-        forwards, attributes, identities, children, lengths, sequences = self._facts
         for module in self.looked_into:
             if module.training is not training:
                 return False
+        return self._is_unchanged()
+
+    def _is_unchanged(self) -> bool:
+        forwards, attributes, identities, children, lengths, sequences = self._facts
         for module, forward in forwards:
             if type(module).forward is not forward:
                 return False
@@ -223,6 +226,9 @@ class FusedForward:
 
     def __getstate__(self) -> dict[str, Any]:
         codes = {training: code for training, code in self.codes.items() if code.can_pickle()}
+        if self._facts is not None and not self._is_unchanged():
+            # A copy notes the facts anew, where the code would then seem to hold.
+            codes = {}
         return {**vars(self), "codes": codes, "_facts": None, "_functions": {}}
 
     def __repr__(self) -> str:
