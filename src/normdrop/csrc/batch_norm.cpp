@@ -52,49 +52,101 @@ DataType data_type_of(const Tensor& x) {
   }
 }
 
-// The elements of a small floating-point vector, in double.
-std::vector<double> to_doubles(const std::optional<Tensor>& vector, int64_t count, double fill,
-                               const char* name) {
-  std::vector<double> result(count, fill);
-  if (!vector.has_value()) {
+// Memory for what one call needs besides its results. A thread keeps up to 1 MiB of it: fresh
+// memory of that size is mapped page by page, which took 10 us a call.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(kept()) {
+    if (bytes > memory_.size || memory_.in_use) {
+      own_ = allocate(bytes);
+      if (bytes > kKept || memory_.in_use) {
+        next_ = own_.get();
+        return;
+      }
+      memory_.bytes = std::move(own_);
+      memory_.size = bytes;
+    }
+    memory_.in_use = is_kept_ = true;
+    next_ = memory_.bytes.get();
+  }
+  ~Scratch() {
+    if (is_kept_) {
+      memory_.in_use = false;
+    }
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // Bytes of `count` elements; each array begins a cache line, and no two a power of two apart.
+  static size_t bytes_of(int64_t count, size_t size) {
+    return (static_cast<size_t>(count + 8) * size + 63) / 64 * 64 + 320;
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* result = reinterpret_cast<T*>(next_);
+    next_ += bytes_of(count, sizeof(T));
     return result;
   }
-  STD_TORCH_CHECK(vector->numel() == count, "batch_norm: ", name, " must have ", count,
-                  " elements, got ", vector->numel());
-  STD_TORCH_CHECK(vector->is_cpu(), "batch_norm: ", name, " must be on the CPU, where x is");
-  Tensor source = vector->is_contiguous() ? *vector : torch::stable::contiguous(*vector);
+
+ private:
+  static constexpr size_t kKept = 1 << 20;
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  using Bytes = std::unique_ptr<std::byte, Free>;
+  struct Memory {
+    Bytes bytes;
+    size_t size = 0;
+    bool in_use = false;
+  };
+  static Bytes allocate(size_t bytes) {
+    return Bytes(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{64})));
+  }
+  static Memory& kept() {
+    thread_local Memory memory;
+    return memory;
+  }
+
+  Memory& memory_;
+  Bytes own_;
+  std::byte* next_ = nullptr;
+  bool is_kept_ = false;
+};
+
+void check_vector(const Tensor& vector, int64_t count, const char* name) {
+  STD_TORCH_CHECK(vector.numel() == count, "batch_norm: ", name, " must have ", count,
+                  " elements, got ", vector.numel());
+  STD_TORCH_CHECK(vector.is_cpu(), "batch_norm: ", name, " must be on the CPU, where x is");
+}
+
+// Calls use(pointer) with the elements of a small floating-point vector, float or double.
+template <class Use>
+void with_elements(const Tensor& vector, const Use& use) {
+  Tensor source = vector.is_contiguous() ? vector : torch::stable::contiguous(vector);
   const ScalarType type = source.scalar_type();
   if (type == ScalarType::Float) {
-    const float* p = static_cast<const float*>(source.data_ptr());
-    std::copy(p, p + count, result.begin());
-    return result;
+    use(static_cast<const float*>(source.data_ptr()));
+    return;
   }
   if (type != ScalarType::Double) {
     source = torch::stable::to(source, ScalarType::Double);
   }
-  const double* p = static_cast<const double*>(source.data_ptr());
-  std::copy(p, p + count, result.begin());
-  return result;
+  use(static_cast<const double*>(source.data_ptr()));
 }
 
-Tensor new_doubles(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count}, ScalarType::Double);
+void copy_to(double* result, const Tensor& vector, int64_t count, const char* name) {
+  check_vector(vector, count, name);
+  with_elements(vector, [&](const auto* p) { std::copy(p, p + count, result); });
 }
 
-Tensor new_vector(const Tensor& like, const std::vector<double>& values, ScalarType type) {
-  const auto count = static_cast<int64_t>(values.size());
+Tensor vector_of(const double* values, int64_t count, ScalarType type) {
+  Tensor result = new_vector(count, type == ScalarType::Float ? type : ScalarType::Double);
   if (type == ScalarType::Float) {
-    Tensor result = torch::stable::new_empty(like, {count}, type);
-    std::copy(values.begin(), values.end(), static_cast<float*>(result.data_ptr()));
+    std::copy(values, values + count, static_cast<float*>(result.data_ptr()));
     return result;
   }
-  Tensor result = new_doubles(like, count);
-  std::copy(values.begin(), values.end(), static_cast<double*>(result.data_ptr()));
+  std::copy(values, values + count, static_cast<double*>(result.data_ptr()));
   return type == ScalarType::Double ? result : torch::stable::to(result, type);
-}
-
-Tensor new_nothing(const Tensor& like, ScalarType type) {
-  return torch::stable::new_empty(like, {0}, type);
 }
 
 int64_t bytes_of(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); }
@@ -110,85 +162,6 @@ int64_t stream_threshold() {
   }();
   return bytes;
 }
-
-// ---- The constants of the loops ----------------------------------------------------------------
-
-// Vectors in the type computed in, each repeated `fold` times.
-class Constants {
- public:
-  Constants(DataType type, int64_t channels, int64_t fold)
-      : is_double_(type == kFloat64), channels_(channels), fold_(fold) {
-    // Every vector on a cache line's boundary, and not a power of two apart.
-    const int64_t length = channels * fold * (is_double_ ? 2 : 1);
-    stride_ = (length + 15) / 16 * 16 + 80;
-    storage_.reset(new float[static_cast<size_t>(kVectors * stride_ + 16)]);
-    values_ = storage_.get();
-    while (reinterpret_cast<uintptr_t>(values_) % 64 != 0) {
-      ++values_;
-    }
-  }
-
-  void set(int vector, int64_t c, double value) {
-    for (int64_t f = 0; f < fold_; ++f) {
-      float* start = values_ + vector * stride_;
-      const int64_t i = f * channels_ + c;
-      if (is_double_) {
-        std::memcpy(start + 2 * i, &value, sizeof(double));
-      } else {
-        start[i] = static_cast<float>(value);
-      }
-    }
-  }
-
-  const void* vector(int vector) const { return values_ + vector * stride_; }
-
-  double round(double value) const { return is_double_ ? value : static_cast<float>(value); }
-
- private:
-  static constexpr int kVectors = 5;
-  bool is_double_;
-  int64_t channels_, fold_, stride_;
-  std::unique_ptr<float[]> storage_;
-  float* values_;
-};
-
-enum { kCenter, kScale, kShift, kGradSlope, kGradShift };
-
-struct Channels {
-  std::vector<double> mean, var, weight, bias;
-  double eps;
-
-  double invstd(int64_t c) const { return 1.0 / std::sqrt(var[c] + eps); }
-
-  void set_forward(int64_t c, Constants& constants) const {
-    const double center = constants.round(mean[c]);
-    const double scale = weight[c] * invstd(c);
-    constants.set(kCenter, c, center);
-    constants.set(kScale, c, scale);
-    constants.set(kShift, c, bias[c] + (center - mean[c]) * scale);
-  }
-
-  void set_forward(Constants& constants) const {
-    const auto count = static_cast<int64_t>(mean.size());
-    parallel_ranges(count, count * 8, [&](int64_t c0, int64_t c1) {
-      for (int64_t c = c0; c < c1; ++c) {
-        set_forward(c, constants);
-      }
-    });
-  }
-
-  // From the sums about the center to the gradients: {bias's, weight's}.
-  GradientSums set_backward(int64_t c, GradientSums sums, double count, bool training,
-                            Constants& constants) const {
-    const double off = constants.round(mean[c]) - mean[c];
-    const double inv = invstd(c), scale = weight[c] * inv, share = training ? 1.0 / count : 0.0;
-    sums.gx = (sums.gx + off * sums.g) * inv;
-    const double slope = training ? -scale * inv * sums.gx * share : 0.0;
-    constants.set(kGradSlope, c, slope);
-    constants.set(kGradShift, c, training ? slope * off - scale * sums.g * share : 0.0);
-    return sums;
-  }
-};
 
 // Partial moments brought together about the first one's mean: no division a part, and an error
 // of a few roundings in double of the result.
@@ -254,8 +227,7 @@ struct ColumnPlan {
   int64_t chunk, chunks;     // rows of a task
 
   explicit ColumnPlan(const Layout& x) : fold(1) {
-    // Whole bytes of `positive` a row: a multiple of 8.
-    while (fold * x.channels < 512 || fold * x.channels % 8 != 0) {
+    while (fold * x.channels < 512 || fold * x.channels % kColumnMultiple != 0) {
       ++fold;
     }
     rows = x.outer / fold;
@@ -265,10 +237,8 @@ struct ColumnPlan {
     chunks = (rows + chunk - 1) / chunk;
   }
 
-  // Rows of a chunk; the one after the last is the remainder.
-  double rows_of(int64_t i) const {
-    return i == chunks ? 1.0 : static_cast<double>(std::min((i + 1) * chunk, rows) - i * chunk);
-  }
+  // Parts of `channels` columns each: `fold` of a chunk, and `rest` of the remainder.
+  int64_t parts() const { return chunks * fold + rest; }
 
   BatchNormArgs main(BatchNormArgs args) const {
     args.outer = rows;
@@ -295,40 +265,137 @@ struct ColumnPlan {
   }
 };
 
-// Two sums for every column of every chunk and of the remainder. Element i belongs to channel
-// i modulo channels.
-struct ColumnParts {
-  int64_t width, size;
-  std::unique_ptr<double[]> values;
+// What both operators prepare: the loops' arguments, their constants, the vectors in double.
+struct Work {
+  Layout x;
+  DataType type;
+  int64_t element_size;
+  ColumnPlan plan;
+  Scratch scratch;
+  BatchNormArgs args{};
+  ChannelArgs channels{};
+  ColumnParts parts{};                         // of columns
+  double* counts = nullptr;                    // rows of every chunk; one of the remainder
+  double *first = nullptr, *second = nullptr;  // of backward: the sums
 
-  ColumnParts(const ColumnPlan& plan, const Layout& x)
-      : width(plan.fold * x.channels),
-        size(plan.chunks * width + plan.rest * x.channels),
-        values(new double[static_cast<size_t>(2 * size)]) {}
-  double* first(int64_t chunk) const { return values.get() + chunk * width; }
-  double* second(int64_t chunk) const { return values.get() + size + chunk * width; }
+  Work(const Tensor& tensor, const Layout& layout, DataType data_type,
+       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias)
+      : x(layout),
+        type(data_type),
+        element_size(static_cast<int64_t>(tensor.element_size())),
+        plan(layout),
+        scratch(bytes()) {
+    args.outer = x.outer;
+    args.channels = x.channels;
+    args.inner = x.inner;
+    args.x = tensor.data_ptr();
+    args.stream = bytes_of(tensor) >= stream_threshold();
+    channels.channels = x.channels;
+    channels.fold = fold();
+    channels.count = static_cast<double>(x.outer * x.inner);
+    channels.weight = elements(weight, "weight");
+    channels.bias = elements(bias, "bias");
+    for (const void** constant :
+         {&args.center, &args.scale, &args.shift, &args.grad_slope, &args.grad_shift}) {
+      *constant = type == kFloat64 ? static_cast<const void*>(scratch.take<double>(length()))
+                                   : scratch.take<float>(length());
+    }
+    if (x.inner == 1) {
+      const int64_t count = plan.parts();
+      parts = {x.channels, plan.fold, count, scratch.take<double>(count * x.channels),
+               scratch.take<double>(count * x.channels)};
+      counts = scratch.take<double>(plan.chunks + 1);
+      for (int64_t i = 0; i < plan.chunks; ++i) {
+        counts[i] = static_cast<double>(std::min((i + 1) * plan.chunk, plan.rows) - i * plan.chunk);
+      }
+      counts[plan.chunks] = 1.0;
+    }
+    first = scratch.take<double>(x.channels);
+    second = scratch.take<double>(x.channels);
+  }
+
+  int64_t fold() const { return x.inner == 1 ? plan.fold : 1; }
+  int64_t length() const { return fold() * x.channels; }
+  int64_t elements_of_x() const { return x.outer * x.channels * x.inner; }
+
+  void set_forward(int64_t c0, int64_t c1) const {
+    batch_norm_kernels().set_forward[type](channels, args, c0, c1);
+  }
+  void set_backward(int64_t c0, int64_t c1) const {
+    batch_norm_kernels().set_backward[type](channels, args, c0, c1, first, second);
+  }
+
+  // Calls run(args, m0, m1, first, second) for the chunks of rows, and for the remainder. The
+  // thread that had a chunk before has it again, and finds in its cache what it left there.
+  template <class Run>
+  void for_chunks(const Run& run) const {
+    const int64_t width = length();
+    if (plan.rest > 0) {
+      const int64_t at = plan.chunks * width;
+      run(plan.remainder(args, element_size), 0, 1, parts.first + at, parts.second + at);
+    }
+    const BatchNormArgs main = plan.main(args);
+    parallel_ranges(plan.chunks, elements_of_x(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        run(main, i * plan.chunk, std::min((i + 1) * plan.chunk, plan.rows),
+            parts.first + i * width, parts.second + i * width);
+      }
+    });
+  }
+
+  // Calls run(args, m0, m1) for the rows of each thread together, since it takes the last first.
+  template <class Run>
+  void for_ranges(const Run& run) const {
+    if (plan.rest > 0) {
+      run(plan.remainder(args, element_size), 0, 1);
+    }
+    const BatchNormArgs main = plan.main(args);
+    parallel_ranges(plan.chunks, elements_of_x(), [&](int64_t begin, int64_t end) {
+      run(main, begin * plan.chunk, std::min(end * plan.chunk, plan.rows));
+    });
+  }
+
+ private:
+  size_t bytes() const {
+    size_t result = 5 * Scratch::bytes_of(length(), type == kFloat64 ? 8 : 4);
+    result += 4 * Scratch::bytes_of(x.channels, 8);
+    if (x.inner == 1) {
+      result += 2 * Scratch::bytes_of(plan.parts() * x.channels, 8);
+      result += Scratch::bytes_of(plan.chunks + 1, 8);
+    }
+    return result;
+  }
+
+  const double* elements(const std::optional<Tensor>& vector, const char* name) {
+    double* result = scratch.take<double>(x.channels);
+    if (!vector.has_value()) {
+      return nullptr;
+    }
+    copy_to(result, *vector, x.channels, name);
+    return result;
+  }
 };
 
 // ---- Forward -----------------------------------------------------------------------------------
 
 // A batch whose sums overflowed float, or with NaN or infinity: again, in double throughout.
-void settle(const BatchNormArgs& args, DataType type, int64_t c, const Merged& merged,
-            Channels& channels) {
-  channels.mean[c] = merged.mean();
-  channels.var[c] = merged.var();
-  if (!std::isfinite(channels.mean[c]) || !std::isfinite(channels.var[c])) {
+void settle(const Work& work, int64_t c) {
+  double &mean = work.channels.mean[c], &var = work.channels.var[c];
+  if (!std::isfinite(mean) || !std::isfinite(var)) {
     Moments exact;
-    batch_norm_kernels().exact_statistics[type](args, c, &exact);
-    channels.mean[c] = exact.mean;
-    channels.var[c] = exact.m2 / exact.count;
+    batch_norm_kernels().exact_statistics[work.type](work.args, c, &exact);
+    mean = exact.mean;
+    var = exact.m2 / exact.count;
   }
 }
 
-void forward_rows(const BatchNormArgs& args, const Layout& x, DataType type, bool training,
-                  Channels& channels, Constants& constants) {
+void forward_rows(const Work& work, bool training) {
   const auto& kernels = batch_norm_kernels();
+  const Layout& x = work.x;
+  const BatchNormArgs& args = work.args;
+  const DataType type = work.type;
   const RowPlan plan(x);
-  const int64_t elements = x.outer * x.channels * x.inner;
+  const int64_t elements = work.elements_of_x();
   const auto statistics = [&](int64_t t, int64_t g, Moments* result) {
     const int64_t c0 = t * plan.tile;
     kernels.row_statistics[type](args, c0, std::min(c0 + plan.tile, x.channels), g * kGroupBlocks,
@@ -336,15 +403,17 @@ void forward_rows(const BatchNormArgs& args, const Layout& x, DataType type, boo
   };
   // result is (groups, tile).
   const auto settle_tile = [&](int64_t t, const Moments* result) {
-    const int64_t c0 = t * plan.tile;
-    for (int64_t c = c0; c < std::min(c0 + plan.tile, x.channels); ++c) {
+    const int64_t c0 = t * plan.tile, c1 = std::min(c0 + plan.tile, x.channels);
+    for (int64_t c = c0; c < c1; ++c) {
       Merged merged;
       for (int64_t g = 0; g < plan.groups; ++g) {
         merged.add(result[g * plan.tile + c - c0]);
       }
-      settle(args, type, c, merged, channels);
-      channels.set_forward(c, constants);
+      work.channels.mean[c] = merged.mean();
+      work.channels.var[c] = merged.var();
+      settle(work, c);
     }
+    work.set_forward(c0, c1);
   };
   if (training && plan.one_task_a_tile()) {
     parallel_tasks(plan.tiles, elements, [&](int64_t t) {
@@ -370,51 +439,25 @@ void forward_rows(const BatchNormArgs& args, const Layout& x, DataType type, boo
       settle_tile(t, parts.data() + t * size);
     }
   } else {
-    channels.set_forward(constants);
+    work.set_forward(0, x.channels);
   }
   plan.for_pieces(x, [&](int64_t o0, int64_t o1, int64_t c0, int64_t c1, int64_t i0, int64_t i1) {
     kernels.row_normalize[type](args, o0, o1, c0, c1, i0, i1);
   });
 }
 
-void forward_columns(const BatchNormArgs& args, const Layout& x, DataType type, int64_t size,
-                     bool training, Channels& channels, Constants& constants) {
+void forward_columns(const Work& work, bool training) {
   const auto& kernels = batch_norm_kernels();
-  const ColumnPlan plan(x);
-  const BatchNormArgs main = plan.main(args), rest = plan.remainder(args, size);
-  const int64_t elements = x.outer * x.channels;
   if (training) {
-    const ColumnParts parts(plan, x);
-    if (plan.rest > 0) {
-      kernels.column_statistics[type](rest, 0, 1, parts.first(plan.chunks),
-                                      parts.second(plan.chunks));
+    work.for_chunks(kernels.column_statistics[work.type]);
+    if (!kernels.merge_columns(work.parts, work.counts, work.channels.mean, work.channels.var)) {
+      for (int64_t c = 0; c < work.x.channels; ++c) {
+        settle(work, c);
+      }
     }
-    parallel_ranges(plan.chunks, elements, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        kernels.column_statistics[type](main, i * plan.chunk,
-                                        std::min((i + 1) * plan.chunk, plan.rows), parts.first(i),
-                                        parts.second(i));
-      }
-    });
-    parallel_ranges(x.channels, parts.size, [&](int64_t c0, int64_t c1) {
-      for (int64_t c = c0; c < c1; ++c) {
-        Merged merged;
-        for (int64_t i = c; i < parts.size; i += x.channels) {
-          merged.add({plan.rows_of(i / parts.width), parts.first(0)[i], parts.second(0)[i]});
-        }
-        settle(args, type, c, merged, channels);
-        channels.set_forward(c, constants);
-      }
-    });
-  } else {
-    channels.set_forward(constants);
   }
-  if (plan.rest > 0) {
-    kernels.column_normalize[type](rest, 0, 1);
-  }
-  parallel_ranges(plan.chunks, elements, [&](int64_t begin, int64_t end) {
-    kernels.column_normalize[type](main, begin * plan.chunk, std::min(end * plan.chunk, plan.rows));
-  });
+  work.set_forward(0, work.x.channels);
+  work.for_ranges(kernels.column_normalize[work.type]);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
@@ -428,66 +471,60 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
                   "batch_norm: evaluation needs running_mean and running_var");
   const Tensor x = layout_of(input).is_dense ? input : in_layout_of(input, empty_like(input));
   const Layout layout = layout_of(x);
-  Channels channels;
-  channels.eps = eps;
-  channels.weight = to_doubles(weight, layout.channels, 1.0, "weight");
-  channels.bias = to_doubles(bias, layout.channels, 0.0, "bias");
-  channels.mean =
-      to_doubles(training ? std::nullopt : running_mean, layout.channels, 0.0, "running_mean");
-  channels.var =
-      to_doubles(training ? std::nullopt : running_var, layout.channels, 0.0, "running_var");
-
+  Tensor mean = new_vector(layout.channels, ScalarType::Double);
+  Tensor var = new_vector(layout.channels, ScalarType::Double);
   Tensor y = new_like(x);
-  BatchNormArgs args{};
-  args.outer = layout.outer;
-  args.channels = layout.channels;
-  args.inner = layout.inner;
-  args.x = x.data_ptr();
+  Work work(x, layout, type, weight, bias);
+  work.channels.eps = eps;
+  work.channels.mean = static_cast<double*>(mean.data_ptr());
+  work.channels.var = static_cast<double*>(var.data_ptr());
+  if (!training) {
+    copy_to(work.channels.mean, *running_mean, layout.channels, "running_mean");
+    copy_to(work.channels.var, *running_var, layout.channels, "running_var");
+  } else if (x.numel() == 0) {
+    std::fill_n(work.channels.mean, layout.channels, 0.0);
+    std::fill_n(work.channels.var, layout.channels, 0.0);
+  }
+  BatchNormArgs& args = work.args;
   args.out = y.data_ptr();
-  args.stream = bytes_of(x) >= stream_threshold();
   args.slope = slope;
-  Tensor positive = new_nothing(x, ScalarType::Byte);
+  int64_t bytes = 0, used = 0;
   std::optional<Tensor> added;
   if (residual.has_value()) {
     added = in_layout_of(*residual, x);
     args.residual = added->data_ptr();
     if (slope != 1.0) {
-      const int64_t bytes = (x.numel() + 7) / 8 + x.size(0) * x.size(1);
-      const int64_t used = layout.inner == 1
-                               ? (x.numel() + 7) / 8
+      bytes = (x.numel() + 7) / 8 + x.size(0) * x.size(1);
+      used = layout.inner == 1 ? (x.numel() + 7) / 8
                                : layout.outer * layout.channels * ((layout.inner + 7) / 8);
       STD_TORCH_CHECK(used <= bytes,
                       "batch_norm: a residual needs x to be contiguous or channels_last");
-      positive = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-      args.positive = static_cast<uint8_t*>(positive.data_ptr());
-      std::memset(args.positive + used, 0, static_cast<size_t>(bytes - used));
     }
+  }
+  Tensor positive = new_vector(bytes, ScalarType::Byte);
+  if (bytes > 0) {
+    args.positive = static_cast<uint8_t*>(positive.data_ptr());
+    std::memset(args.positive + used, 0, static_cast<size_t>(bytes - used));
   }
   if (x.numel() > 0) {
-    const ColumnPlan plan(layout);
-    Constants constants(type, layout.channels, layout.inner == 1 ? plan.fold : 1);
-    args.center = constants.vector(kCenter);
-    args.scale = constants.vector(kScale);
-    args.shift = constants.vector(kShift);
     if (layout.inner == 1) {
-      forward_columns(args, layout, type, x.element_size(), training, channels, constants);
+      forward_columns(work, training);
     } else {
-      forward_rows(args, layout, type, training, channels, constants);
+      forward_rows(work, training);
     }
   }
-  return {y, new_vector(x, channels.mean, ScalarType::Double),
-          new_vector(x, channels.var, ScalarType::Double), positive};
+  return {y, mean, var, positive};
 }
 
 // ---- Backward ----------------------------------------------------------------------------------
 
-void backward_rows(const BatchNormArgs& args, const Layout& x, DataType type, bool want_sums,
-                   bool want_x, const Channels& channels, Constants& constants,
-                   std::vector<GradientSums>& sums) {
+void backward_rows(const Work& work, bool want_sums, bool want_x) {
   const auto& kernels = batch_norm_kernels();
+  const Layout& x = work.x;
+  const BatchNormArgs& args = work.args;
+  const DataType type = work.type;
   const RowPlan plan(x);
-  const int64_t elements = x.outer * x.channels * x.inner;
-  const double count = static_cast<double>(x.outer * x.inner);
+  const int64_t elements = work.elements_of_x();
   const auto sum = [&](int64_t t, int64_t g, GradientSums* result) {
     const int64_t c0 = t * plan.tile;
     kernels.row_gradient_sums[type](args, c0, std::min(c0 + plan.tile, x.channels),
@@ -495,15 +532,14 @@ void backward_rows(const BatchNormArgs& args, const Layout& x, DataType type, bo
                                     std::min((g + 1) * kGroupBlocks, plan.blocks.count), result);
   };
   const auto settle_tile = [&](int64_t t, const GradientSums* result) {
-    const int64_t c0 = t * plan.tile;
-    for (int64_t c = c0; c < std::min(c0 + plan.tile, x.channels); ++c) {
-      GradientSums total{0.0, 0.0};
-      for (int64_t g = 0; want_sums && g < plan.groups; ++g) {
-        total.g += result[g * plan.tile + c - c0].g;
-        total.gx += result[g * plan.tile + c - c0].gx;
+    const int64_t c0 = t * plan.tile, c1 = std::min(c0 + plan.tile, x.channels);
+    for (int64_t c = c0; c < c1; ++c) {
+      for (int64_t g = 0; g < plan.groups; ++g) {
+        work.first[c] += result[g * plan.tile + c - c0].g;
+        work.second[c] += result[g * plan.tile + c - c0].gx;
       }
-      sums[c] = channels.set_backward(c, total, count, args.training, constants);
     }
+    work.set_backward(c0, c1);
   };
   if (want_sums && plan.one_task_a_tile()) {
     parallel_tasks(plan.tiles, elements, [&](int64_t t) {
@@ -520,16 +556,18 @@ void backward_rows(const BatchNormArgs& args, const Layout& x, DataType type, bo
     });
     return;
   }
-  const int64_t size = plan.groups * plan.tile;
-  std::vector<GradientSums> parts(static_cast<size_t>(want_sums ? plan.tiles * size : 0));
   if (want_sums) {
+    const int64_t size = plan.groups * plan.tile;
+    std::vector<GradientSums> parts(static_cast<size_t>(plan.tiles * size));
     parallel_tasks(plan.tiles * plan.groups, elements, [&](int64_t i) {
       const int64_t t = i / plan.groups, g = i % plan.groups;
       sum(t, g, parts.data() + t * size + g * plan.tile);
     });
-  }
-  for (int64_t t = 0; t < plan.tiles; ++t) {
-    settle_tile(t, parts.data() + (want_sums ? t * size : 0));
+    for (int64_t t = 0; t < plan.tiles; ++t) {
+      settle_tile(t, parts.data() + t * size);
+    }
+  } else {
+    work.set_backward(0, x.channels);
   }
   if (want_x) {
     plan.for_pieces(x, [&](int64_t o0, int64_t o1, int64_t c0, int64_t c1, int64_t i0, int64_t i1) {
@@ -538,47 +576,16 @@ void backward_rows(const BatchNormArgs& args, const Layout& x, DataType type, bo
   }
 }
 
-void backward_columns(const BatchNormArgs& args, const Layout& x, DataType type, int64_t size,
-                      bool want_sums, bool want_x, const Channels& channels, Constants& constants,
-                      std::vector<GradientSums>& sums) {
+void backward_columns(const Work& work, bool want_sums, bool want_x) {
   const auto& kernels = batch_norm_kernels();
-  const ColumnPlan plan(x);
-  const BatchNormArgs main = plan.main(args), rest = plan.remainder(args, size);
-  const int64_t elements = x.outer * x.channels;
-  const ColumnParts parts(plan, x);
   if (want_sums) {
-    if (plan.rest > 0) {
-      kernels.column_gradient_sums[type](rest, 0, 1, parts.first(plan.chunks),
-                                         parts.second(plan.chunks));
-    }
-    parallel_ranges(plan.chunks, elements, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        kernels.column_gradient_sums[type](main, i * plan.chunk,
-                                           std::min((i + 1) * plan.chunk, plan.rows),
-                                           parts.first(i), parts.second(i));
-      }
-    });
+    work.for_chunks(kernels.column_gradient_sums[work.type]);
+    kernels.add_columns(work.parts, work.first, work.second);
   }
-  parallel_ranges(x.channels, want_sums ? parts.size : 0, [&](int64_t c0, int64_t c1) {
-    for (int64_t c = c0; c < c1; ++c) {
-      GradientSums total{0.0, 0.0};
-      for (int64_t i = c; want_sums && i < parts.size; i += x.channels) {
-        total.g += parts.first(0)[i];
-        total.gx += parts.second(0)[i];
-      }
-      sums[c] =
-          channels.set_backward(c, total, static_cast<double>(x.outer), args.training, constants);
-    }
-  });
-  if (!want_x) {
-    return;
+  work.set_backward(0, work.x.channels);
+  if (want_x) {
+    work.for_ranges(kernels.column_gradients[work.type]);
   }
-  if (plan.rest > 0) {
-    kernels.column_gradients[type](rest, 0, 1);
-  }
-  parallel_ranges(plan.chunks, elements, [&](int64_t begin, int64_t end) {
-    kernels.column_gradients[type](main, begin * plan.chunk, std::min(end * plan.chunk, plan.rows));
-  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_cpu(
@@ -589,95 +596,101 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_cpu(
   const Tensor x = layout_of(input).is_dense ? input : in_layout_of(input, empty_like(input));
   const Tensor grad_y = in_layout_of(grad, x);
   const Layout layout = layout_of(x);
-  Channels channels;
-  channels.eps = eps;
-  channels.weight = to_doubles(weight, layout.channels, 1.0, "weight");
-  channels.bias = to_doubles(bias, layout.channels, 0.0, "bias");
-  channels.mean = to_doubles(mean, layout.channels, 0.0, "mean");
-  channels.var = to_doubles(var, layout.channels, 0.0, "var");
+  const int64_t count = layout.channels;
+  Work work(x, layout, type, weight, bias);
+  work.channels.eps = eps;
+  std::vector<double> copies;
+  const auto doubles = [&](const Tensor& vector, int64_t at, const char* name) {
+    check_vector(vector, count, name);
+    if (vector.scalar_type() == ScalarType::Double && vector.is_contiguous()) {
+      return static_cast<double*>(vector.data_ptr());
+    }
+    copies.resize(static_cast<size_t>(2 * count));
+    copy_to(copies.data() + at, vector, count, name);
+    return copies.data() + at;
+  };
+  work.channels.mean = doubles(mean, 0, "mean");
+  work.channels.var = doubles(var, count, "var");
 
   const bool want_x = need_x || need_residual;
   const bool want_sums = need_vectors || (training && need_x);
-  Tensor grad_x = want_x ? new_like(x) : new_nothing(x, x.scalar_type());
-  Tensor grad_residual = need_residual ? new_like(x) : new_nothing(x, x.scalar_type());
-  BatchNormArgs args{};
-  args.outer = layout.outer;
-  args.channels = layout.channels;
-  args.inner = layout.inner;
-  args.x = x.data_ptr();
+  Tensor grad_x = want_x ? new_like(x) : new_vector(0, x.scalar_type());
+  Tensor grad_residual = need_residual ? new_like(x) : new_vector(0, x.scalar_type());
+  BatchNormArgs& args = work.args;
   args.grad_y = grad_y.data_ptr();
   args.out = want_x ? grad_x.data_ptr() : nullptr;
   args.grad_residual = need_residual ? grad_residual.data_ptr() : nullptr;
   args.positive = positive.numel() > 0 ? static_cast<uint8_t*>(positive.data_ptr()) : nullptr;
   args.training = training;
-  args.stream = bytes_of(x) >= stream_threshold();
   args.slope = slope;
-  std::vector<GradientSums> sums(static_cast<size_t>(layout.channels), GradientSums{0.0, 0.0});
+  std::fill_n(work.first, count, 0.0);
+  std::fill_n(work.second, count, 0.0);
   if (x.numel() > 0) {
-    const ColumnPlan plan(layout);
-    Constants constants(type, layout.channels, layout.inner == 1 ? plan.fold : 1);
-    args.center = constants.vector(kCenter);
-    args.scale = constants.vector(kScale);
-    args.shift = constants.vector(kShift);
-    args.grad_slope = constants.vector(kGradSlope);
-    args.grad_shift = constants.vector(kGradShift);
-    channels.set_forward(constants);
+    work.set_forward(0, count);
     if (layout.inner == 1) {
-      backward_columns(args, layout, type, x.element_size(), want_sums, want_x, channels, constants,
-                       sums);
+      backward_columns(work, want_sums, want_x);
     } else {
-      backward_rows(args, layout, type, want_sums, want_x, channels, constants, sums);
+      backward_rows(work, want_sums, want_x);
     }
   }
-  std::vector<double> grad_weight(need_vectors ? sums.size() : 0);
-  std::vector<double> grad_bias(grad_weight.size());
-  for (size_t c = 0; c < grad_weight.size(); ++c) {
-    grad_weight[c] = sums[c].gx;
-    grad_bias[c] = sums[c].g;
-  }
   const ScalarType plain = type == kFloat64 ? ScalarType::Double : ScalarType::Float;
-  return {grad_x, new_vector(x, grad_weight, weight.has_value() ? weight->scalar_type() : plain),
-          new_vector(x, grad_bias, bias.has_value() ? bias->scalar_type() : plain), grad_residual};
+  const int64_t size = need_vectors ? count : 0;
+  return {grad_x, vector_of(work.second, size, weight.has_value() ? weight->scalar_type() : plain),
+          vector_of(work.first, size, bias.has_value() ? bias->scalar_type() : plain),
+          grad_residual};
 }
 
 // ---- Running statistics ------------------------------------------------------------------------
 
 enum Nonfinite { kPropagate, kSkip, kRaise };
 
+// r <- (1 - momentum) r + momentum * batch.
+void move_running(Tensor& running, const double* batch, int64_t count, double momentum,
+                  double factor) {
+  const auto moved = [&](double old, int64_t c) {
+    return (1.0 - momentum) * old + momentum * (batch[c] * factor);
+  };
+  if (running.scalar_type() == ScalarType::Float && running.is_contiguous()) {
+    float* p = static_cast<float*>(running.data_ptr());
+    for (int64_t c = 0; c < count; ++c) {
+      p[c] = static_cast<float>(moved(p[c], c));
+    }
+    return;
+  }
+  Tensor result = new_vector(count, ScalarType::Double);
+  double* p = static_cast<double*>(result.data_ptr());
+  copy_to(p, running, count, "the running statistics");
+  for (int64_t c = 0; c < count; ++c) {
+    p[c] = moved(p[c], c);
+  }
+  torch::stable::copy_(running, result);
+}
+
 void batch_norm_update_cpu(Tensor running_mean, Tensor running_var, const Tensor& mean,
                            const Tensor& var, int64_t count, double momentum, int64_t nonfinite) {
   const int64_t channels = mean.numel();
-  const std::vector<double> batch_mean = to_doubles(mean, channels, 0.0, "mean");
-  const std::vector<double> batch_var = to_doubles(var, channels, 0.0, "var");
+  check_vector(var, channels, "var");
+  check_vector(running_mean, channels, "running_mean");
+  check_vector(running_var, channels, "running_var");
   if (count == 0) {
     return;
   }
+  std::vector<double> batch(static_cast<size_t>(2 * channels));
+  copy_to(batch.data(), mean, channels, "mean");
+  copy_to(batch.data() + channels, var, channels, "var");
   if (nonfinite != kPropagate) {
     for (int64_t c = 0; c < channels; ++c) {
-      if (!std::isfinite(batch_mean[c]) || !std::isfinite(batch_var[c])) {
+      if (!std::isfinite(batch[c]) || !std::isfinite(batch[channels + c])) {
         STD_TORCH_CHECK(nonfinite != kRaise, "batch_norm: channel ", c,
                         " of the input holds NaN or infinity");
         return;
       }
     }
   }
-  std::vector<double> r_mean = to_doubles(running_mean, channels, 0.0, "running_mean");
-  std::vector<double> r_var = to_doubles(running_var, channels, 0.0, "running_var");
   const double unbias =
       static_cast<double>(count) / static_cast<double>(std::max<int64_t>(count - 1, 1));
-  for (int64_t c = 0; c < channels; ++c) {
-    r_mean[c] = (1.0 - momentum) * r_mean[c] + momentum * batch_mean[c];
-    r_var[c] = (1.0 - momentum) * r_var[c] + momentum * (batch_var[c] * unbias);
-  }
-  const auto write = [&](Tensor& running, const std::vector<double>& values) {
-    if (running.scalar_type() == ScalarType::Float && running.is_contiguous()) {
-      std::copy(values.begin(), values.end(), static_cast<float*>(running.data_ptr()));
-    } else {
-      torch::stable::copy_(running, new_vector(mean, values, ScalarType::Double));
-    }
-  };
-  write(running_mean, r_mean);
-  write(running_var, r_var);
+  move_running(running_mean, batch.data(), channels, momentum, 1.0);
+  move_running(running_var, batch.data() + channels, channels, momentum, unbias);
 }
 
 }  // namespace

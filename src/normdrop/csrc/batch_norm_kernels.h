@@ -61,8 +61,29 @@ inline RowBlocks row_blocks(int64_t outer, int64_t inner) {
   return blocks;
 }
 
-// Rows of the column kernels that are summed in float before they go to double.
-constexpr int64_t kColumnBlock = 128;
+// Rows of the column kernels that are summed in float before they go to double, eight or four of
+// them at once.
+constexpr int64_t kColumnBlock = 256;
+
+// The columns of a row in the column kernels are a multiple of this; any number of them are taken
+// as a single row, the remainder.
+constexpr int64_t kColumnMultiple = 16;
+
+// Two sums for each column of `count` parts, (count, channels); `fold` parts lie in one row. Eight
+// more elements can be read behind either.
+struct ColumnParts {
+  int64_t channels, fold, count;
+  double *first, *second;
+};
+
+// Vectors of one element a channel.
+struct ChannelArgs {
+  int64_t channels, fold;  // the constants of BatchNormArgs are repeated `fold` times
+  double count;            // elements of a channel
+  double eps;
+  double *mean, *var;
+  const double *weight, *bias;  // or null
+};
 
 struct BatchNormKernels {
   // Channels [c0, c1) over blocks [b0, b1); result[c - c0].
@@ -85,6 +106,13 @@ struct BatchNormKernels {
   void (*column_gradients[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1);
   // One channel in double throughout, slowly.
   void (*exact_statistics[kDataTypes])(const BatchNormArgs&, int64_t c, Moments* result);
+  // From the parts, means and m2, each of counts[part / fold] rows; says whether all is finite.
+  bool (*merge_columns)(const ColumnParts&, const double* counts, double* mean, double* var);
+  void (*add_columns)(const ColumnParts&, double* first, double* second);
+  // The constants of the loops, of the channels [c0, c1).
+  void (*set_forward[kDataTypes])(const ChannelArgs&, const BatchNormArgs&, int64_t c0, int64_t c1);
+  void (*set_backward[kDataTypes])(const ChannelArgs&, const BatchNormArgs&, int64_t c0, int64_t c1,
+                                   double* g, double* gx);
 };
 
 NORMDROP_KERNEL_TABLE(BatchNormKernels, batch_norm_kernels)

@@ -175,6 +175,71 @@ NORMDROP_INLINE Mask mask_of(uint32_t bits) {
   return (Mask)((splat<Mask>(bits) & weights) == weights);
 }
 
+// Which lanes of a V: a register of bits where the processor has one, else a vector of masks.
+template <class V>
+struct Choice;
+
+#if defined(__AVX512DQ__)
+// Else GCC makes one masked load of a load and a choice, which waits for what is compared: the two
+// misses of the cache follow each other, and the sums of the gradients took 1.4 times as long.
+template <class V>
+NORMDROP_INLINE void in_register(V& v) {
+  asm("" : "+v"(v));
+}
+
+template <>
+struct Choice<F32> {
+  __mmask16 lanes;
+  static NORMDROP_METHOD Choice not_above_zero(F32 v) {
+    return {_mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_LE_OQ)};
+  }
+  static NORMDROP_METHOD Choice of_bits(uint32_t bits) { return {(__mmask16)bits}; }
+  NORMDROP_METHOD uint32_t bits() const { return lanes; }
+  NORMDROP_METHOD Choice others() const { return {(__mmask16)~lanes}; }
+  NORMDROP_METHOD F32 keep(F32 a) const {
+    in_register(a);
+    return (F32)_mm512_maskz_mov_ps(lanes, (__m512)a);
+  }
+  NORMDROP_METHOD F32 pick(F32 a, F32 b) const {
+    in_register(b);
+    return (F32)_mm512_mask_mov_ps((__m512)b, lanes, (__m512)a);
+  }
+};
+template <>
+struct Choice<F64> {
+  __mmask8 lanes;
+  static NORMDROP_METHOD Choice not_above_zero(F64 v) {
+    return {_mm512_cmp_pd_mask((__m512d)v, _mm512_setzero_pd(), _CMP_LE_OQ)};
+  }
+  static NORMDROP_METHOD Choice of_bits(uint32_t bits) { return {(__mmask8)bits}; }
+  NORMDROP_METHOD uint32_t bits() const { return lanes; }
+  NORMDROP_METHOD Choice others() const { return {(__mmask8)~lanes}; }
+  NORMDROP_METHOD F64 keep(F64 a) const {
+    in_register(a);
+    return (F64)_mm512_maskz_mov_pd(lanes, (__m512d)a);
+  }
+  NORMDROP_METHOD F64 pick(F64 a, F64 b) const {
+    in_register(b);
+    return (F64)_mm512_mask_mov_pd((__m512d)b, lanes, (__m512d)a);
+  }
+};
+#else
+template <class V, class Mask>
+struct ChoiceOfMasks {
+  Mask lanes;
+  static NORMDROP_METHOD Choice<V> not_above_zero(V v) { return {{(Mask)(v <= V{})}}; }
+  static NORMDROP_METHOD Choice<V> of_bits(uint32_t bits) { return {{mask_of<Mask>(bits)}}; }
+  NORMDROP_METHOD uint32_t bits() const { return bits_of(lanes); }
+  NORMDROP_METHOD Choice<V> others() const { return {{~lanes}}; }
+  NORMDROP_METHOD V keep(V a) const { return keep_where(lanes, a); }
+  NORMDROP_METHOD V pick(V a, V b) const { return select(lanes, a, b); }
+};
+template <>
+struct Choice<F32> : ChoiceOfMasks<F32, I32> {};
+template <>
+struct Choice<F64> : ChoiceOfMasks<F64, I64> {};
+#endif
+
 NORMDROP_INLINE double sum_of(F32 v) {
   double sum = 0.0;
   for (int i = 0; i < kFloats; i += 4) {
@@ -212,6 +277,21 @@ NORMDROP_INLINE F64 fma(F64 a, F64 b, F64 c) {
   return (F64)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
   return a * b + c;
+#endif
+}
+
+NORMDROP_INLINE F64 sqrt_of(F64 v) {
+#if defined(__AVX512F__)
+  return (F64)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+  return (F64)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__SSE2__)
+  return (F64)_mm_sqrt_pd((__m128d)v);
+#else
+  for (int i = 0; i < kDoubles; ++i) {
+    v[i] = __builtin_sqrt(v[i]);
+  }
+  return v;
 #endif
 }
 
@@ -389,10 +469,23 @@ struct Lanes<bfloat16> : LanesOf16Bits<bfloat16> {};
 template <>
 struct Lanes<half> : LanesOf16Bits<half> {};
 
+#if defined(__AVX512F__)
+NORMDROP_INLINE __mmask16 first_bits(int64_t n) { return (__mmask16)((1u << n) - 1); }
+#endif
+
 // The first n elements (0 <= n <= width); the others are zero.
 template <class T>
 NORMDROP_INLINE typename Lanes<T>::V load_first(const T* p, int64_t n) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (F32)_mm512_maskz_loadu_ps(first_bits(n), p);
+  } else if constexpr (sizeof(T) == 8) {
+    return (F64)_mm512_maskz_loadu_pd((__mmask8)first_bits(n), p);
+  } else {
+    return widen((U16Half)_mm256_maskz_loadu_epi16(first_bits(n), p), T{});
+  }
+#else
+#if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
     return (F32)_mm256_maskload_ps((const float*)p, (__m256i)first_lanes<I32>(n));
   } else if constexpr (sizeof(T) == 8) {
@@ -404,11 +497,21 @@ NORMDROP_INLINE typename Lanes<T>::V load_first(const T* p, int64_t n) {
     buffer[i] = p[i];
   }
   return Lanes<T>::load(buffer);
+#endif
 }
 
 template <class T>
 NORMDROP_INLINE void store_first(T* p, typename Lanes<T>::V v, int64_t n) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, first_bits(n), (__m512)v);
+  } else if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(p, (__mmask8)first_bits(n), (__m512d)v);
+  } else {
+    _mm256_mask_storeu_epi16(p, first_bits(n), (__m256i)narrow(v, T{}));
+  }
+#else
+#if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
     _mm256_maskstore_ps((float*)p, (__m256i)first_lanes<I32>(n), (__m256)v);
     return;
@@ -422,6 +525,7 @@ NORMDROP_INLINE void store_first(T* p, typename Lanes<T>::V v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     p[i] = buffer[i];
   }
+#endif
 }
 
 }  // namespace
