@@ -216,6 +216,34 @@ def test_batch_norm_is_as_accurate_as_torch_s_contiguous_kernel(shape, layout, m
 
 
 @of_the_kernel
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e4])
+def test_batch_norm_is_as_accurate_with_ten_million_values_a_channel(mean):
+    torch.manual_seed(2)
+    pixels = torch.randn(10_000_000, 2).add_(mean)
+    wide = pixels.double()
+    true_mean = wide.mean(0)
+    wide -= true_mean
+    true_var = wide.square().mean(0)
+    wanted = (wide / (true_var + 1e-5).sqrt())[::97]
+    rows = pixels.t().contiguous().view(1, 2, 4000, 2500)
+    theirs = torch.nn.functional.batch_norm(rows, None, None, training=True)
+
+    def error(y):
+        values = y.flatten(2)[0].t() if y.dim() == 4 else y
+        return (values[::97].double() - wanted).abs().max().item()
+
+    for x in (rows, arrange(rows, "channels_last"), pixels):
+        y = batch_norm(x, None, None, training=True)
+        assert error(y) <= max(error(theirs), 2e-6)
+        _, batch_mean, batch_var, _ = torch.ops.normdrop.batch_norm.default(
+            x, None, None, None, None, None, True, 1e-5, 1.0
+        )
+        torch.testing.assert_close(batch_mean, true_mean, rtol=1e-9, atol=1e-8)
+        # Rows add up to 4096 squares in float before they go to double.
+        torch.testing.assert_close(batch_var, true_var, rtol=1e-6, atol=0.0)
+
+
+@of_the_kernel
 def test_batch_norm_variance_is_never_negative_nor_nan_from_cancellation():
     """tenstorrent/tt-metal#45968: E[x²] − E[x]² cancels to NaN for a large mean."""
     for value in (1e4, 1e8, -3e12):
