@@ -3,9 +3,9 @@
 Kept bytes are those of every storage that operators made in the forward and that autograd's graph
 alone still holds when it is over; parameters and buffers are none of them. No clock: the figures
 are the same on every machine. The networks are as a user of PyTorch writes them: torch's own,
-``convert(model)``, and ``convert(model, memory="low")``. The latter two are timed in turn. Peak
-memory is the resident set of a process of its own that makes two steps, less what it held before;
-there, glibc is told to hand every freed tensor back, as other allocators do by themselves.
+``convert(model, layout="auto")``, and the same with ``memory="low"``; these two are timed in turn.
+Peak memory is the resident set of a process of its own that makes two steps, less what it held
+before; there, glibc is told to hand every freed tensor back, as other allocators do by themselves.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def built(make: Callable[[], torch.nn.Module], provider: str) -> torch.nn.Module
     network = make()
     if provider == TORCH:
         return network
-    return normdrop.convert(network, memory="low" if provider == LOW else "normal")
+    memory: Any = "low" if provider == LOW else "normal"
+    return normdrop.convert(network, layout="auto", memory=memory)
 
 
 def step(network: torch.nn.Module, x: Tensor) -> None:
