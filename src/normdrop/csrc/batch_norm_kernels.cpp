@@ -10,7 +10,7 @@
 //              computed as g * scale + (x - center) * grad_slope + grad_shift
 //
 // x is (outer, channels, inner). float, bfloat16 and half are computed in float, at most 4096
-// elements of a channel (128 rows of columns) being summed in float before they go to double.
+// elements of a channel (256 rows of columns) being summed in float before they go to double.
 // Sums of squares are shifted by the mean of the elements before, so that nothing cancels: the
 // error of m2 is at most a few roundings of m2 itself, wherever the mean is.
 //
