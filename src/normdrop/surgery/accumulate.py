@@ -12,6 +12,7 @@ from torch import Tensor
 
 from normdrop.nn import batch_norm as ours
 from normdrop.nn.batch_norm import MicroBatches, is_recomputation
+from normdrop.surgery.arguments import check_model
 
 __all__ = ["accumulate"]
 
@@ -52,7 +53,7 @@ def accumulate(model: torch.nn.Module) -> Iterator[None]:
         RuntimeError: a layer that is in such a block already.
 
     Example:
-        >>> model = torch.nn.Sequential(ours.BatchNorm1d(1), torch.nn.Linear(1, 1))
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1), torch.nn.Linear(1, 1))
         >>> x = torch.tensor([[1.0], [3.0], [5.0], [7.0]])
         >>> with accumulate(model):
         ...     for part in x.split(2):
@@ -65,11 +66,12 @@ def accumulate(model: torch.nn.Module) -> Iterator[None]:
     Reference:
         Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983.
     """
+    check_model("accumulate", model)
     merged: dict[torch.nn.modules.batchnorm._BatchNorm, MicroBatches] = {}
     try:
         for name, layer in model.named_modules():
             if isinstance(layer, _Torchs) and layer.track_running_stats:
-                found = _attach(name, layer)
+                found = _attach(name or "(model)", layer)
                 if found is not None:
                     merged[layer] = found
         yield
@@ -95,6 +97,11 @@ def _attach(name: str, layer: torch.nn.modules.batchnorm._BatchNorm) -> MicroBat
     if is_lazy or not (is_plain or isinstance(layer, ours._BatchNorm)):
         if not layer.training:
             return None
+        if is_lazy:
+            raise TypeError(
+                f"accumulate: expected layer {name!r} to have its parameters, got "
+                f"{type(layer).__name__}; call the model on one batch first"
+            )
         raise TypeError(
             f"accumulate: expected layer {name!r} to be a BatchNorm1d, 2d or 3d of torch or "
             f"normdrop, got {type(layer).__name__}, whose statistics cannot be merged; "

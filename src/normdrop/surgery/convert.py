@@ -7,9 +7,10 @@ from typing import TypeVar
 import torch
 
 from normdrop.surgery import fusion
+from normdrop.surgery.arguments import check_choice, check_model
 from normdrop.surgery.layout import Layout, set_layout
 from normdrop.surgery.linear import Products, restore_linear, set_linear
-from normdrop.surgery.memory import Memory, check_memory, keep_memory, with_memory
+from normdrop.surgery.memory import Memory, keep_memory, with_memory
 from normdrop.surgery.plan import CLASSES, replaceable
 
 __all__ = ["convert", "revert"]
@@ -67,7 +68,8 @@ def convert(
         The model.
 
     Raises:
-        UserError: another ``layout``, ``linear`` or ``memory``.
+        UserError: another ``layout``, ``linear`` or ``memory``. Nothing is changed.
+        TypeError: no module.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU(),
@@ -79,7 +81,13 @@ def convert(
         >>> type(revert(model)[0])
         <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
-    check_memory(memory)
+    check_model("convert", model)
+    for name, value, choices in (
+        ("layout", layout, Layout),
+        ("linear", linear, Products),
+        ("memory", memory, Memory),
+    ):
+        check_choice(name, value, choices)
     set_layout(model, layout)
     set_linear(model, linear)
     found = fusion.find(model) if fuse else []
@@ -104,12 +112,14 @@ def revert(model: _Module) -> _Module:
     Raises:
         ValueError: a layer that does what torch's class cannot: an activation of its own, another
             ``nonfinite`` than "propagate", another ``scaling`` than "train". Nothing is changed.
+        TypeError: no module.
 
     Example:
         >>> model = convert(torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU()))
         >>> type(revert(model)[0]) is torch.nn.BatchNorm1d
         True
     """
+    check_model("revert", model)
     ours = [(path, module) for path, module in model.named_modules() if type(module) in _TORCH]
     for path, module in ours:
         for name, value in _extras(module).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from normdrop.errors import UserError
 from normdrop.surgery import fold_fuse, fusion, memory
+from normdrop.surgery.arguments import check_model
 from normdrop.surgery.fold_calls import AddActivate
 from normdrop.surgery.fold_match import Match, Matches, find_matches, find_scopes
 
@@ -72,6 +74,7 @@ def fold_plan(model: torch.nn.Module) -> FoldPlan:
         1  into 0
         1 of 1 batch normalizations folded
     """
+    check_model("fold_plan", model)
     return _plan(model, find_matches(model, list(find_scopes(model))))
 
 
@@ -135,6 +138,10 @@ def fold(
     Raises:
         UserError: the result differs on the example (then the model is as it was), or the model
             cannot be copied.
+        TypeError: no module.
+
+    Warns:
+        UserWarning: the model is in training mode, so that nothing is folded.
 
     Example:
         >>> from normdrop import networks
@@ -148,6 +155,13 @@ def fold(
         B. Jacob et al.: Quantization and Training of Neural Networks for Efficient
         Integer-Arithmetic-Only Inference. CVPR 2018 (section 3.2).
     """
+    check_model("fold", model)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    if norms and all(norm.training for norm in norms):
+        warnings.warn(
+            "fold: nothing is folded, since the model is in training mode; call model.eval() first",
+            stacklevel=2,
+        )
     # Tensors made in inference mode could not be written to later.
     with torch.inference_mode(False), torch.no_grad():
         folded = model

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
-from normdrop.errors import UserError
+from normdrop.surgery.arguments import check_choice
 
 __all__ = ["Layout", "set_layout"]
 
@@ -46,10 +46,7 @@ def set_layout(model: torch.nn.Module, layout: Layout) -> None:
         >>> y.is_contiguous(memory_format=torch.channels_last)
         True
     """
-    if layout not in get_args(Layout):
-        raise UserError(
-            f'Expected `layout` to be "auto", "channels_last" or "keep" but got {layout!r}'
-        )
+    check_choice("layout", layout, Layout)
     if layout == "keep":
         return
     for module in model.modules():

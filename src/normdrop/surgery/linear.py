@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
-from normdrop.errors import UserError
 from normdrop.nn.linear import Linear
+from normdrop.surgery.arguments import check_choice
 
 __all__ = ["Products", "restore_linear", "set_linear"]
 
@@ -30,8 +30,7 @@ def set_linear(model: torch.nn.Module, linear: Products) -> None:
         >>> type(model[0]).__module__
         'normdrop.nn.linear'
     """
-    if linear not in get_args(Products):
-        raise UserError(f'Expected `linear` to be "auto" or "keep" but got {linear!r}')
+    check_choice("linear", linear, Products)
     if linear == "keep":
         return
     for module in model.modules():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 from types import FrameType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from normdrop.errors import UserError
 from normdrop.ops import recompute
+from normdrop.surgery.arguments import check_choice
 
 __all__ = ["Memory", "is_saving_memory", "keep_memory", "save_memory", "with_memory"]
 
@@ -27,14 +27,8 @@ def with_memory(model: _Module, memory: Memory) -> _Module:
     Raises:
         UserError: another ``memory`` than "normal" or "low".
     """
-    check_memory(memory)
+    check_choice("memory", memory, Memory)
     return save_memory(model) if memory == "low" else model
-
-
-def check_memory(memory: object) -> None:
-    """Raise UserError unless ``memory`` is "normal" or "low"."""
-    if memory not in get_args(Memory):
-        raise UserError(f'Expected `memory` to be "normal" or "low" but got {memory!r}')
 
 
 def save_memory(model: _Module) -> _Module:

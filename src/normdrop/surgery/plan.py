@@ -11,6 +11,7 @@ import torch
 
 from normdrop import nn
 from normdrop.surgery import fusion
+from normdrop.surgery.arguments import check_model
 
 __all__ = ["CLASSES", "Plan", "Row", "plan"]
 
@@ -106,6 +107,7 @@ def plan(model: torch.nn.Module, *, fuse: bool = True) -> Plan:
         3      Dropout2d    replace
         1 fuse, 1 replace
     """
+    check_model("plan", model)
     found = fusion.find(model) if fuse else []
     fusible = {id(norm): text for scope in found for norm, text in scope.fused()}
     against = fusion.reasons_against(model) if fuse else {}
