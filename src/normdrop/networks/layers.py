@@ -101,8 +101,8 @@ def check_image(shape: Sequence[int], least: int, who: str) -> None:
     if height < least or width < least:
         raise UserError(
             f"{who} takes images of at least {least}x{least} pixels but got {height}x{width}: "
-            "give larger images (a folder's are scaled by --image-size) or a network that halves them "
-            "less often"
+            "give larger images (--image-size scales those of a folder), or a network that halves "
+            "them less often"
         )
 
 
