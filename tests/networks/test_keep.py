@@ -50,7 +50,7 @@ def test_the_output_is_never_dropped(name: str, norm: bool) -> None:
     """What the network gives is the output layer's own product, to the bit."""
     make, shape, _ = _NETWORKS[name]
     network: Any = make(keep_input=0.5, keep_hidden=0.5, norm=norm).train()
-    assert type(network.output) is torch.nn.Linear
+    assert isinstance(network.output, torch.nn.Linear)
     assert network.output.out_features == 10
     seen: list[tuple[Tensor, Tensor]] = []
     network.output.register_forward_hook(lambda module, x, y: seen.append((x[0], y)))
