@@ -191,7 +191,7 @@ def test_module_with_too_little_to_train_on_is_an_error():
         ({"seed": -1}, "seed must be at least 0, but got -1"),
         ({"test": 0}, "test must be a fraction between 0 and 1, but got 0"),
         ({"validation": 1.5}, "validation must be a fraction at least 0 and below 1"),
-        ({"augment": "rotate"}, "augment must name some of shift, crop"),
+        ({"augment": "rotate"}, "augment must be none or name some of shift, crop"),
     ],
 )
 def test_module_options_are_checked_at_once(options, text):

@@ -34,7 +34,9 @@ def augmentation_names(
         if name not in NAMES:
             near = difflib.get_close_matches(str(name), NAMES, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"augment must name some of {', '.join(NAMES)}, but got {name!r}{hint}")
+            raise UserError(
+                f"augment must be none or name some of {', '.join(NAMES)}, but got {name!r}{hint}"
+            )
     return tuple(name for name in NAMES if name in augment)
 
 

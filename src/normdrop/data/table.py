@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +178,7 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> pd.DataFrame:
             with path.open(encoding="utf-8-sig") as file:
                 first = file.readline()
             separator = max(",;\t", key=first.count)
+            _check_header(path, first, separator)
             frame = pd.read_csv(
                 path,
                 sep=separator,
@@ -185,6 +188,8 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> pd.DataFrame:
                 skipinitialspace=True,
                 index_col=False,
             )
+    except UserError:
+        raise
     except Exception as error:  # A damaged Parquet file raises KeyError and TypeError too.
         reason = str(error).strip().splitlines()
         raise UserError(
@@ -207,6 +212,16 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> pd.DataFrame:
             f"holds numbers; add that line"
         )
     return frame
+
+
+def _check_header(path: Path, line: str, separator: str) -> None:
+    """Two columns of one name: pandas would rename the second in silence."""
+    header = next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
+    if twice:
+        raise UserError(
+            f"table {str(path)!r} has more than one column {twice[0]!r}; give each its own name"
+        )
 
 
 def encode_rows(
