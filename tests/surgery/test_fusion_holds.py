@@ -174,7 +174,9 @@ def saved(model):
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, saved, lambda m: pickle.loads(pickle.dumps(m))], ids=str
+    "copied",
+    [copy.deepcopy, saved, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["deepcopy", "saved", "pickled"],
 )
 def test_copies_are_fused_and_stand_alone(copied, pair, images, fused_calls):
     converted, _ = pair
