@@ -176,10 +176,8 @@ class Peculiar(torch.nn.BatchNorm1d):
 )
 def test_accumulate_refuses_what_it_does_not_know(layer):
     model = torch.nn.Sequential(nn.BatchNorm1d(3), layer)
-    with (
-        pytest.raises(TypeError, match=f"expected layer '1' to (be|have) .* got {type(layer).__name__}"),
-        normdrop.accumulate(model),
-    ):
+    message = f"expected layer '1' to (be|have) .* got {type(layer).__name__}"
+    with pytest.raises(TypeError, match=message), normdrop.accumulate(model):
         pass
     assert "_micro_batches" not in vars(model[0])
     layer.eval()
