@@ -238,5 +238,14 @@ def test_commands_are_called_from_python_too(tmp_path, capsys):
     assert "Batch normalization adds 8 nodes" in capsys.readouterr().out
 
 
+def test_describe_counts_what_the_memory_option_keeps(capsys):
+    totals = {}
+    for memory in ("normal", "low"):
+        cli.describe(model="resnet8", input="32x32x3", batch_size=4, memory=memory)
+        (total,) = [li for li in capsys.readouterr().out.splitlines() if li.startswith("total")]
+        totals[memory] = float(total.split()[-2])
+    assert totals["low"] < 0.7 * totals["normal"]
+
+
 def test_options_file_is_plain():
     assert json.dumps(Options().flat())

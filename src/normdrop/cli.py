@@ -110,6 +110,8 @@ def describe(
     model: str = "resnet18",
     input: str = "224x224x3",
     classes: int | None = None,
+    batch_size: int = 2,
+    memory: Literal["normal", "low"] | None = None,
 ) -> None:
     """Show a network's layers, their shapes, Θ, and the γ and α that batch norm adds.
 
@@ -118,10 +120,12 @@ def describe(
         model: resnet18, vgg16, mlp…
         input: the input's size, height x width x channels, or the number of features.
         classes: number of classes; by default 1000 for 224x224 images, else 10.
+        batch_size: samples in the batch for which the kept bytes are counted.
+        memory: low or normal, what training with this option keeps; by default the run's own.
     """
     from normdrop.training.show import describe
 
-    describe(run, model=model, size=input, classes=classes)
+    describe(run, model=model, size=input, classes=classes, batch_size=batch_size, memory=memory)
 
 
 def report(run: Path) -> None:

@@ -190,6 +190,25 @@ def test_kept_bytes_are_those_of_the_storages_that_autograd_saves(name: str) -> 
     del y
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_with_little_memory_what_is_worked_out_again_is_not_counted(device: str) -> None:
+    def model() -> torch.nn.Sequential:
+        with torch.device(device):
+            return torch.nn.Sequential(
+                torch.nn.Conv2d(3, 4, 3, bias=False),
+                normdrop.nn.BatchNorm2d(4, activation="relu"),
+                torch.nn.MaxPool2d(2),
+                torch.nn.Conv2d(4, 5, 1, bias=False),
+            )
+
+    normal = normdrop.describe(model(), "34x34x3", batch_size=8)
+    low = normdrop.describe(normdrop.convert(model(), memory="low"), "34x34x3", batch_size=8)
+    activated, pooled = 8 * 4 * 32 * 32 * 4, 8 * 4 * 16 * 16 * 4
+    positions = 2 * pooled  # of the maxima, in int64
+    assert normal.kept_bytes - low.kept_bytes == activated + pooled + positions
+    assert [layer.kept_bytes for layer in low.layers if layer.type == "MaxPool2d"] == [0]
+
+
 def test_frozen_models_keep_nothing() -> None:
     model = networks.resnet(8, 10).requires_grad_(False)
     assert normdrop.describe(model, "16x16x3").kept_bytes == 0

@@ -254,7 +254,12 @@ def test_norm_in_training_mode_is_left_and_goes_on_training():
     model[0].train()
     folded = fold(model, torch.randn(2, 3, 9, 9))
     assert str(fold_plan(model)) == "\n".join(
-        ["0.1  left: in training mode", "2.1  into 2.0", "1 of 2 batch normalizations folded"]
+        [
+            "batch normalization  folded into  why not",
+            "0.1                               in training mode",
+            "2.1                  2.0",
+            "1 of 2 batch normalizations folded",
+        ]
     )
     before = model[0][1].running_mean.clone()
     x = torch.randn(4, 3, 9, 9)

@@ -1,8 +1,10 @@
 """plan says what convert would do, and changes nothing."""
 
+import pytest
 import torch
 
 import normdrop
+from normdrop.errors import UserError
 
 
 def test_a_plan_is_a_table_and_changes_nothing():
@@ -37,3 +39,34 @@ def test_layers_of_a_quantization_aware_module_are_left():
     normdrop.convert(model)
     assert type(inner) is torch.nn.BatchNorm2d
     assert "quantization" in next(iter(normdrop.plan(model))).why
+
+
+def test_a_plan_counts_what_the_other_options_change():
+    def model() -> torch.nn.Sequential:
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 1),
+            torch.nn.Flatten(), torch.nn.Linear(4, 2),
+        )  # fmt: skip
+
+    options = {"layout": "channels_last", "linear": "auto", "memory": "low"}
+    theirs = model()
+    table = normdrop.plan(theirs, **options)
+    assert theirs[0].weight.is_contiguous()
+    assert type(theirs[4]) is torch.nn.Linear
+    assert table.notes == (
+        "layout: 2 convolution weights in channels_last",
+        "linear: 1 linear layer may take oneDNN's products",
+        "memory: outputs of batch normalization are worked out again in backward",
+    )
+    assert str(table).endswith("\n".join(table.notes))
+    ours = normdrop.convert(model(), **options)
+    for convolution in (ours[0], ours[2]):
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    assert type(ours[4]) is not torch.nn.Linear
+    assert normdrop.plan(theirs).notes == ()
+
+
+@pytest.mark.parametrize("name", ["layout", "linear", "memory"])
+def test_a_plan_refuses_another_word(name):
+    with pytest.raises(UserError, match=f"Expected `{name}` to be"):
+        normdrop.plan(torch.nn.ReLU(), **{name: "lots"})

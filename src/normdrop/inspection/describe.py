@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from normdrop.errors import UserError
 from normdrop.inspection.description import Description, Layer
+from normdrop.ops import recompute
 
 __all__ = ["describe", "parse_input"]
 
@@ -94,6 +95,7 @@ class _Run:
         self._is_leaf: dict[int, bool] = {}
         # Parameters and buffers are there with and without a backward pass.
         self._storages: dict[int, Any] = {}
+        self._keepers: dict[int, Layer] = {}
         for parameter in model.parameters():
             self._is_new(parameter)
 
@@ -108,7 +110,7 @@ class _Run:
                 handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
             with (
-                torch.autograd.graph.saved_tensors_hooks(self._keep, lambda kept: kept),
+                recompute.watched(self),
                 _Products(self),
             ):
                 yield
@@ -161,10 +163,20 @@ class _Run:
         else:
             layer.theta = size
 
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd keeps at the module at work."""
         if self._is_new(tensor):
-            self._now().kept_bytes += tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            self._now().kept_bytes += storage.nbytes()
+            self._keepers[storage._cdata] = self._now()
         return tensor
+
+    def forget(self, tensor: Tensor) -> None:
+        """Take back one that is not kept after all."""
+        storage = tensor.untyped_storage()
+        keeper = self._keepers.pop(storage._cdata, None)
+        if keeper is not None:
+            keeper.kept_bytes -= storage.nbytes()
 
     def _is_new(self, tensor: Tensor) -> bool:
         """Say whether this storage is new; hold it, so that its number goes to no other."""

@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Recorder", "active", "start"]
+__all__ = ["Recorder", "Watcher", "active", "is_plain", "start", "watched"]
+
+
+class Watcher(Protocol):
+    """Who wants to know what is kept; see :func:`watched`."""
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Autograd keeps the tensor, which is given back."""
+
+    def forget(self, tensor: Tensor) -> None:
+        """It is not kept after all."""
 
 
 class Kept:
@@ -200,12 +212,14 @@ class Recorder:
         """Free a tensor that was kept just now: it is that part of what ``output`` computes."""
         kept = self._kept_as(tensor)
         if kept is not None:
+            if (watcher := _watcher()) is not None:
+                watcher.forget(tensor)
             kept.instead = View(output, part, tensor)
             kept.tensor = tensor.new_empty(0)
             output.add_use()
 
     def _find(self, tensor: Tensor) -> View | None:
-        if not self._outputs or type(tensor) is not Tensor or tensor.layout is not torch.strided:
+        if not self._outputs or not is_plain(tensor):
             return None
         found = self._outputs.get(tensor.untyped_storage()._cdata)
         if found is None or found[1] != tensor._version or found[2] is not tensor.dtype:
@@ -229,8 +243,10 @@ class Recorder:
             view.output.add_use()
             return view
         kept = Kept(tensor)
-        if type(tensor) is Tensor and tensor.layout is torch.strided:
+        if is_plain(tensor):
             self._kept[tensor.untyped_storage()._cdata] = weakref.ref(kept)
+        if (watcher := _watcher()) is not None:
+            watcher.keep(tensor)
         return kept
 
 
@@ -239,6 +255,33 @@ def _unpack(saved: Kept | View) -> Tensor:
 
 
 _local = threading.local()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """No subclass; one without values stands for a tensor where somebody only counts."""
+    kind = type(tensor)
+    is_known = kind is Tensor or (kind is FakeTensor and _watcher() is not None)
+    return is_known and tensor.layout is torch.strided
+
+
+def _watcher() -> Watcher | None:
+    watcher: Watcher | None = getattr(_local, "watcher", None)
+    return watcher
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell ``watcher`` what autograd keeps in the block, whether a recorder decides it or not."""
+    _local.watcher = watcher
+    try:
+        with saved_tensors_hooks(watcher.keep, _same):
+            yield
+    finally:
+        _local.watcher = None
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def active() -> Recorder | None:
@@ -256,13 +299,20 @@ def _are_hooks_allowed() -> bool:
     return bool(autograd._saved_tensors_hooks_is_enabled())
 
 
+def _are_hooks_active() -> bool:
+    """Somebody else's; who watches lets a recorder decide."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    watcher = _watcher()
+    return top is not None and (watcher is None or top[0] != watcher.keep)
+
+
 def start() -> Recorder | None:
     """Begin to record, unless nothing is saved or somebody else's hooks decide what is."""
     if (
         not torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or not _are_hooks_allowed()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or _are_hooks_active()
     ):
         return None
     return Recorder().__enter__()

@@ -53,13 +53,22 @@ class FoldPlan:
         return tuple(row for row in self.rows if row.into is None)
 
     def __str__(self) -> str:
+        if not self.rows:
+            return "no batch normalization"
+        header = ("batch normalization", "folded into", "why not")
         lines = [
-            (row.path or "(model)", f"into {row.into}" if row.into else f"left: {row.why}")
-            for row in self.rows
+            header,
+            *((row.path or "(model)", row.into or "", row.why) for row in self.rows),
         ]
-        width = max((len(path) for path, _ in lines), default=0)
+        widths = [max(len(line[i]) for line in lines) for i in range(2)]
+        table = [
+            "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[2]]).rstrip()
+            for line in lines
+        ]
         total = f"{len(self.folded)} of {len(self.rows)} batch normalizations folded"
-        return "\n".join([*(f"{path:<{width}}  {text}" for path, text in lines), total])
+        return "\n".join([*table, total])
+
+    __repr__ = __str__
 
 
 def fold_plan(model: torch.nn.Module) -> FoldPlan:
@@ -71,7 +80,8 @@ def fold_plan(model: torch.nn.Module) -> FoldPlan:
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
         >>> print(fold_plan(model))
-        1  into 0
+        batch normalization  folded into  why not
+        1                    0
         1 of 1 batch normalizations folded
     """
     check_model("fold_plan", model)

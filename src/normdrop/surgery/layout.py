@@ -8,7 +8,7 @@ import torch
 
 from normdrop.surgery.arguments import check_choice
 
-__all__ = ["Layout", "set_layout"]
+__all__ = ["Layout", "set_layout", "weights_to_lay_out"]
 
 Layout = Literal["auto", "channels_last", "keep"]
 
@@ -46,18 +46,24 @@ def set_layout(model: torch.nn.Module, layout: Layout) -> None:
         >>> y.is_contiguous(memory_format=torch.channels_last)
         True
     """
+    for weight in weights_to_lay_out(model, layout):
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        if weight.grad is not None:
+            weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
+
+
+def weights_to_lay_out(model: torch.nn.Module, layout: Layout) -> list[torch.nn.Parameter]:
+    """The weights that :func:`set_layout` brings into channels_last, each once."""
     check_choice("layout", layout, Layout)
-    if layout == "keep":
-        return
-    for module in model.modules():
+    found: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules() if layout != "keep" else ():
         weight = module._parameters.get("weight") if isinstance(module, _CONVOLUTIONS) else None
         # Left alone: lazy and distributed weights, which have storage of another kind.
         if type(weight) is not torch.nn.Parameter or weight.dim() != 4:
             continue
         if layout == "channels_last" or _is_faster(weight):
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            if weight.grad is not None:
-                weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
+            found[id(weight)] = weight
+    return list(found.values())
 
 
 def _is_faster(weight: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from normdrop.nn.linear import Linear
 from normdrop.surgery.arguments import check_choice
 
-__all__ = ["Products", "restore_linear", "set_linear"]
+__all__ = ["Products", "layers_to_choose", "restore_linear", "set_linear"]
 
 Products = Literal["auto", "keep"]
 
@@ -30,12 +30,18 @@ def set_linear(model: torch.nn.Module, linear: Products) -> None:
         >>> type(model[0]).__module__
         'normdrop.nn.linear'
     """
+    for module in layers_to_choose(model, linear):
+        module.__class__ = Linear
+
+
+def layers_to_choose(model: torch.nn.Module, linear: Products) -> list[torch.nn.Module]:
+    """The layers that :func:`set_linear` gives our class, each once."""
     check_choice("linear", linear, Products)
-    if linear == "keep":
-        return
-    for module in model.modules():
-        if type(module) is torch.nn.Linear and getattr(module, "qconfig", None) is None:
-            module.__class__ = Linear
+    return [
+        module
+        for module in (model.modules() if linear != "keep" else ())
+        if type(module) is torch.nn.Linear and getattr(module, "qconfig", None) is None
+    ]
 
 
 def restore_linear(model: torch.nn.Module) -> None:

@@ -146,7 +146,7 @@ def _drop_interrupted() -> None:
 def _note_pooling(module: torch.nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
     """Max pooling of an output that is not kept: neither is y, nor where the maxima lay."""
     recorder = None if torch.compiler.is_compiling() else recompute.active()
-    if recorder is None or type(y) is not Tensor or len(args) != 1 or y.grad_fn is None:
+    if recorder is None or not recompute.is_plain(y) or len(args) != 1 or y.grad_fn is None:
         return
     options = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
     output = recorder.note(y, _pool, (), args, options)

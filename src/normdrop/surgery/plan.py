@@ -11,7 +11,10 @@ import torch
 
 from normdrop import nn
 from normdrop.surgery import fusion
-from normdrop.surgery.arguments import check_model
+from normdrop.surgery.arguments import check_choice, check_model
+from normdrop.surgery.layout import Layout, weights_to_lay_out
+from normdrop.surgery.linear import Products, layers_to_choose
+from normdrop.surgery.memory import Memory
 
 __all__ = ["CLASSES", "Plan", "Row", "plan"]
 
@@ -57,9 +60,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of :func:`plan`; ``print`` gives a table."""
+    """What :func:`plan` gives; ``print`` gives a table.
+
+    Attributes:
+        rows: one for each batch normalization and dropout.
+        notes: what the options ``layout``, ``linear`` and ``memory`` would do.
+    """
 
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -73,7 +82,7 @@ class Plan:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "no batch normalization, no dropout"
+            return "\n".join(["no batch normalization, no dropout", *self.notes])
         header = ("layer", "class", "action", "why")
         lines = [header, *((r.path or "(model)", r.type, r.action, r.why) for r in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
@@ -83,12 +92,19 @@ class Plan:
         ]
         counts = Counter(row.action for row in self.rows)
         table.append(", ".join(f"{number} {action}" for action, number in counts.items()))
-        return "\n".join(table)
+        return "\n".join([*table, *self.notes])
 
     __repr__ = __str__
 
 
-def plan(model: torch.nn.Module, *, fuse: bool = True) -> Plan:
+def plan(
+    model: torch.nn.Module,
+    *,
+    fuse: bool = True,
+    layout: Layout = "keep",
+    linear: Products = "keep",
+    memory: Memory = "normal",
+) -> Plan:
     """Say what :func:`normdrop.convert` would replace, fuse or leave, and why; change nothing.
 
     Every batch normalization and dropout of the model has a row, one that stands in several places
@@ -97,6 +113,13 @@ def plan(model: torch.nn.Module, *, fuse: bool = True) -> Plan:
     Args:
         model: any module.
         fuse: whether batch normalization shall be fused with what follows.
+        layout: as in :func:`normdrop.convert`.
+        linear: as in :func:`normdrop.convert`.
+        memory: as in :func:`normdrop.convert`.
+
+    Raises:
+        UserError: another ``layout``, ``linear`` or ``memory``.
+        TypeError: no module.
 
     Example:
         >>> block = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8),
@@ -108,6 +131,8 @@ def plan(model: torch.nn.Module, *, fuse: bool = True) -> Plan:
         1 fuse, 1 replace
     """
     check_model("plan", model)
+    check_choice("memory", memory, Memory)
+    notes = _notes(model, layout, linear, memory)
     found = fusion.find(model) if fuse else []
     fusible = {id(norm): text for scope in found for norm, text in scope.fused()}
     against = fusion.reasons_against(model) if fuse else {}
@@ -136,7 +161,22 @@ def plan(model: torch.nn.Module, *, fuse: bool = True) -> Plan:
                 why = f"not fused: {against[id(module)]}"
         also = f"also at {', '.join(others)}" if others else ""
         rows.append(Row(path, type(module).__name__, action, "; ".join(filter(None, (why, also)))))
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), notes)
+
+
+def _notes(
+    model: torch.nn.Module, layout: Layout, linear: Products, memory: Memory
+) -> tuple[str, ...]:
+    notes = []
+    if layout != "keep":
+        count = len(weights_to_lay_out(model, layout))
+        notes.append(f"layout: {count} convolution weight{'s' * (count != 1)} in channels_last")
+    if linear != "keep":
+        count = len(layers_to_choose(model, linear))
+        notes.append(f"linear: {count} linear layer{'s' * (count != 1)} may take oneDNN's products")
+    if memory != "normal":
+        notes.append("memory: outputs of batch normalization are worked out again in backward")
+    return tuple(notes)
 
 
 def replaceable(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
@@ -72,13 +72,22 @@ def _confusion(result: dict[str, Any]) -> Table:
     return table
 
 
-def describe(run: Path | None, *, model: str, size: str, classes: int | None) -> None:
+def describe(
+    run: Path | None,
+    *,
+    model: str,
+    size: str,
+    classes: int | None,
+    batch_size: int,
+    memory: Literal["normal", "low"] | None,
+) -> None:
     """Print a network's layers."""
     import torch
 
     import normdrop
     from normdrop import networks
 
+    own = {} if memory is None else {"memory": memory}
     if run is not None:
         from normdrop.training.runs import read_run
 
@@ -89,9 +98,9 @@ def describe(run: Path | None, *, model: str, size: str, classes: int | None) ->
                 record["name"],
                 classes=len(record["classes"]),
                 input_shape=shape,
-                **record["options"],
+                **record["options"] | own,
             )
-        print(normdrop.describe(network, _channels_last(shape)))
+        print(normdrop.describe(network, _channels_last(shape), batch_size=batch_size))
         return
     numbers = parse_size(size)
     shape = (numbers[2], *numbers[:2]) if len(numbers) == 3 else numbers
@@ -99,8 +108,8 @@ def describe(run: Path | None, *, model: str, size: str, classes: int | None) ->
         classes = 1000 if len(numbers) == 3 and min(numbers[:2]) >= 224 else 10
     # On the meta device nothing is drawn or computed; the figures are the CPU's.
     with torch.device("meta"):
-        network = networks.build(model, classes=classes, input_shape=shape)
-    print(normdrop.describe(network, numbers))
+        network = networks.build(model, classes=classes, input_shape=shape, **own)
+    print(normdrop.describe(network, numbers, batch_size=batch_size))
 
 
 def parse_size(text: str) -> tuple[int, ...]:
