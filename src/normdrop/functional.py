@@ -5,6 +5,7 @@ They check what was given and call the operators in :mod:`normdrop.ops`.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from normdrop.ops import batch_norm as _batch_norm
 from normdrop.ops import dropout as _dropout
-from normdrop.ops.reference import ACTIVATIONS
+from normdrop.ops.reference import ACTIVATIONS, slope_of
 
 __all__ = [
     "alpha_dropout",
@@ -30,10 +31,15 @@ NONFINITE = ("propagate", "skip", "raise")
 
 Scaling = Literal["train", "test"]
 
+_NAMES = (None, "relu", "leaky_relu", "silu")
+
 
 def check_activation(activation: str | None) -> str | None:
     """The activation's name, if there is one of that name."""
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation in _NAMES:
+        return activation
+    slope = slope_of(activation) if isinstance(activation, str) else None
+    if slope is None or not math.isfinite(slope):
         raise ValueError(
             f"batch_norm: activation must be None or one of {', '.join(ACTIVATIONS)}, "
             f"got {activation!r}"
@@ -95,7 +101,8 @@ def batch_norm(
         momentum: m, the weight of the new batch (torch's convention).
         eps: ε, inside the root.
         residual: of x's shape, added before the activation (a residual network's shortcut).
-        activation: None, "relu", "leaky_relu" (slope 0.01) or "silu".
+        activation: None, "relu", "leaky_relu" (slope 0.01), "leaky_relu(0.2)" (that slope) or
+            "silu".
         keep: probability to keep an element in the dropout that follows in training, in (0, 1].
         seed: seed of the dropout mask; drawn from torch's generator if None.
         sample_offset: number of samples of the whole batch before this shard's first, for the mask.

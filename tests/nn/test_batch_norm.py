@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -127,7 +128,10 @@ def test_batch_norm_tracking_switched_off_later_stops_updates_but_keeps_the_buff
     torch.testing.assert_close(layer.eval()(x), (x - before) * scale)
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
+_LEAKY_02 = partial(torch.nn.functional.leaky_relu, negative_slope=0.2)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "leaky_relu(0.2)", "silu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_with_residual_and_activation_is_their_sequence(activation, training):
     plain = torch.nn.BatchNorm2d(4).train(training).double()
@@ -135,7 +139,7 @@ def test_batch_norm_with_residual_and_activation_is_their_sequence(activation, t
     x, shortcut = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64).unbind(0)
     a = [x.clone().requires_grad_(), shortcut.clone().requires_grad_()]
     b = [x.clone().requires_grad_(), shortcut.clone().requires_grad_()]
-    activate = getattr(torch.nn.functional, activation)
+    activate = getattr(torch.nn.functional, activation, _LEAKY_02)
     y, expected = layer(a[0], residual=a[1]), activate(plain(b[0]) + b[1])
     torch.testing.assert_close(y, expected)
     y.sin().sum().backward()

@@ -81,6 +81,22 @@ class Functional(N.Module):
         return self.fc(z.view(z.size(0), -1))
 
 
+class Leaky(N.Module):
+    """As in Darknet: slopes of 0.1, by module and function, with and without an addition."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = N.ModuleList(N.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(4))
+        self.norms = N.ModuleList(N.BatchNorm2d(8) for _ in range(4))
+        self.act = N.LeakyReLU(0.1, inplace=True)
+
+    def forward(self, x):
+        x = self.act(self.norms[0](self.convs[0](x)))
+        y = F.leaky_relu(self.norms[1](self.convs[1](x)) + x, 0.3)
+        z = F.leaky_relu(self.norms[2](self.convs[2](y)), negative_slope=0.2, inplace=True)
+        return F.leaky_relu(self.norms[3](self.convs[3](z)))
+
+
 class Writes(N.Module):
     """Writes to its tensors where others read them."""
 
@@ -163,6 +179,8 @@ needs_operators = pytest.mark.skipif(
 MODELS = {
     "torchvision's ResNet": (ResNet, (3, 33, 40)),
     "functional": (Functional, (3, 10, 12)),
+    "leaky": (Leaky, (3, 10, 12)),
+    "leaky, converted": (lambda: normdrop.convert(Leaky()), (3, 10, 12)),
     "writes": (Writes, (3, 7, 6)),
     "broadcast": (AddsBroadcast, (3, 7, 6)),
     "view in what cannot be traced": (stack, (3, 7, 6)),
@@ -191,6 +209,20 @@ def test_whole_model_equals_float64(name):
                 y = folded(x)
                 assert y.stride() == model(x).stride()
             assert_close(y, want)
+
+
+@needs_operators
+@pytest.mark.parametrize("name", ["leaky", "leaky, converted"])
+def test_leaky_relu_is_applied_by_the_convolution(name):
+    folded = fold(settled(MODELS[name][0]()))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.inference_mode(), torch.profiler.profile(activities=activities) as profile:
+        folded(torch.randn(2, 3, 10, 12))
+    counts = {e.key: e.count for e in profile.key_averages()}
+    # oneDNN does not apply it to a sum.
+    assert counts.get("aten::leaky_relu_", 0) == 1
+    assert "aten::leaky_relu" not in counts
+    assert counts["mkldnn::_convolution_pointwise"] == 4
 
 
 @needs_operators

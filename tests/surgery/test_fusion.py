@@ -81,6 +81,22 @@ def test_relu_is_fused(spelling, convert_checked, fused_calls, images):
     assert fused_calls == [(False, "relu")] * 2
 
 
+@pytest.mark.parametrize("slope", [0.01, 0.1, 0.2, -0.5])
+def test_leaky_relu_is_fused_with_its_slope(slope, convert_checked, fused_calls, images):
+    name = "leaky_relu" if slope == 0.01 else f"leaky_relu({slope})"
+    tails = {
+        "module": (lambda m, y, x: m.act(y), {"act": nn.LeakyReLU(slope)}),
+        "function": (lambda m, y, x: F.leaky_relu(y, slope), {}),
+        "keyword": (lambda m, y, x: F.leaky_relu(y + x, negative_slope=slope), {}),
+    }
+    for spelling, (tail, children) in tails.items():
+        added = "add, " if spelling == "keyword" else ""
+        model = convert_checked(spread(Block(tail, **children)), {"bn": f"with {added}{name}"})
+        fused_calls.clear()
+        model(images)
+        assert fused_calls == [(bool(added), name)]
+
+
 @pytest.mark.parametrize("spelling", ADDITIONS)
 def test_addition_and_relu_are_fused(spelling, convert_checked, fused_calls, images):
     model = convert_checked(spread(Block(ADDITIONS[spelling])), {"bn": "with add, relu"})
@@ -107,14 +123,6 @@ def test_identities_in_between_are_no_hindrance(convert_checked):
     hooked = spread(Block(tail, none=nn.Identity(), drop=nn.Dropout(0.0)))
     hooked.none.register_forward_hook(lambda m, x, y: None)
     convert_checked(hooked, {})
-
-
-def test_leaky_relu_of_the_usual_slope_is_fused(convert_checked):
-    tail = lambda m, y, x: m.act(y)  # noqa: E731
-    convert_checked(spread(Block(tail, act=nn.LeakyReLU())), {"bn": "with leaky_relu"})
-    convert_checked(spread(Block(tail, act=nn.LeakyReLU(0.1))), {})
-    convert_checked(spread(Block(lambda m, y, x: F.leaky_relu(y))), {"bn": "with leaky_relu"})
-    convert_checked(spread(Block(lambda m, y, x: F.leaky_relu(y, 0.1))), {})
 
 
 @pytest.mark.parametrize("act", [nn.ReLU6(), nn.Hardswish(), nn.SiLU(), nn.PReLU(), nn.Tanh()])

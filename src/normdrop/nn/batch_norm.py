@@ -231,7 +231,8 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: without it, α is left out and γ is kept.
-        activation: None, "relu", "leaky_relu" or "silu", in the same operator.
+        activation: None, "relu", "leaky_relu" (slope 0.01), "leaky_relu(0.2)" (that slope) or
+            "silu", in the same operator.
         nonfinite: "propagate", "skip" or "raise": see :func:`normdrop.functional.batch_norm`.
 
     Shape:

@@ -19,7 +19,7 @@ from normdrop.ops import has_kernels, recompute, reference
 __all__ = ["batch_norm"]
 
 SLOPES: dict[str | None, float] = {None: 1.0, "relu": 0.0, "leaky_relu": 0.01}
-"""Slope, left of zero, of the activations that the kernel has."""
+"""Slope, left of zero, of the activations that the kernel has; leaky ReLU may name another."""
 
 NONFINITE = {"propagate": 0, "skip": 1, "raise": 2}
 
@@ -89,6 +89,9 @@ def kernel_or_plain(
         return _finish(y, residual, activation)
     if not _is_ordered(x):
         x = x.contiguous()  # as is torch's result
+    slope = SLOPES.get(activation)
+    if slope is None:
+        slope = reference.slope_of(activation)
     run = _traced if torch.compiler.is_compiling() else _eager
     y = run(
         x,
@@ -100,10 +103,10 @@ def kernel_or_plain(
         training,
         momentum,
         eps,
-        SLOPES.get(activation, 1.0),
+        1.0 if slope is None else slope,
         NONFINITE[nonfinite],
     )
-    return y if activation in SLOPES else reference.activate(y, activation)
+    return reference.activate(y, activation) if slope is None else y
 
 
 def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:

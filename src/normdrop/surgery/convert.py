@@ -39,7 +39,7 @@ def convert(
     layers whose forward was replaced; :func:`normdrop.plan` names them.
 
     Where the model's code can be traced, BN → ReLU, BN → add → ReLU and either of them followed by
-    dropout become one operator (also leaky ReLU of slope 0.01, and a mere BN → add). Nothing is
+    dropout become one operator (also leaky ReLU, and a mere BN → add). Nothing is
     fused across a hook or a second use of what lies between. A call that is not as it was when
     traced (other arguments, a hook or an attribute set since) runs the model's own code.
 

@@ -121,8 +121,9 @@ def fold(
     are gone from the state_dict, and a folded layer has a bias. It pickles, copies, saves, compiles
     and exports.
 
-    On the CPU the model's 2-D convolutions also add the residual and apply the ReLU, ReLU6, SiLU or
-    hardswish that follow them while they write their output, by oneDNN's operators. That is done
+    On the CPU the model's 2-D convolutions also add the residual and apply the ReLU, leaky ReLU,
+    ReLU6, SiLU or hardswish that follow them while they write their output, by oneDNN's operators.
+    That is done
     in float32 without autograd, so call the model under ``torch.inference_mode()``. Otherwise,
     under torch.compile, torch.export, autocast and torch.func, and where a hook or a layer was set
     since, the same is computed in plain PyTorch. Each convolution keeps a second copy of its

@@ -14,16 +14,36 @@ from torch.autograd import forward_ad
 from normdrop.nn.tracing import call_as_leaf, is_traced
 from normdrop.ops import reference
 
-__all__ = ["ACTIVATIONS", "AddActivate", "as_given", "convolution", "is_plain_call"]
+__all__ = ["AddActivate", "activation_of", "as_given", "convolution", "is_plain_call"]
 
-ACTIVATIONS: dict[str, tuple[str, list[float], Callable[[Tensor], Tensor]]] = {
+_Activation = tuple[str, list[float], Callable[[Tensor], Tensor]]
+
+_ACTIVATIONS: dict[str, _Activation] = {
     "relu": ("relu", [], torch.relu_),
     "relu6": ("hardtanh", [0.0, 6.0], lambda y: F.relu6(y, inplace=True)),
-    "leaky_relu": ("leaky_relu", [0.01], lambda y: F.leaky_relu(y, inplace=True)),
     "silu": ("swish", [], lambda y: F.silu(y, inplace=True)),
     "hardswish": ("hardswish", [], lambda y: F.hardswish(y, inplace=True)),
 }
-"""By name: oneDNN's name and numbers for it, and the same in place."""
+"""By name: oneDNN's name and numbers for it, and the same in place; see :func:`activation_of`."""
+
+_NO_ACTIVATION: _Activation = ("none", [], lambda y: y)
+
+
+def activation_of(name: str) -> _Activation:
+    """oneDNN's name and numbers for an activation, and the same in place.
+
+    Raises:
+        KeyError: one that oneDNN's convolutions do not apply.
+
+    Example:
+        >>> activation_of("leaky_relu(0.2)")[:2]
+        ('leaky_relu', [0.2])
+    """
+    slope = None if name in _ACTIVATIONS else reference.slope_of(name)
+    if slope is None:
+        return _ACTIVATIONS[name]
+    return "leaky_relu", [slope], lambda y: F.leaky_relu(y, slope, inplace=True)
+
 
 _SHAPES = 2
 """Input shapes for which a convolution's weight is kept in oneDNN's layout."""
@@ -126,7 +146,7 @@ def convolution(
     if not _takes_operator(layer, x, residual):
         return _finish(torch.nn.Conv2d.forward(layer, x), residual, activation, writes)
     weight, shape = _pack(layer, x)
-    name, scalars, _ = ACTIVATIONS.get(activation or "", ("none", [], None))
+    name, scalars, _ = _NO_ACTIVATION if activation is None else activation_of(activation)
     x = x.contiguous(memory_format=torch.channels_last)
     geometry = (weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups)
     operator = _operators._convolution_pointwise
@@ -231,7 +251,7 @@ def _pack_for(layer: torch.nn.Conv2d, shape: list[int]) -> tuple[Tensor, tuple[i
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
     """Apply an activation to a tensor that nobody else reads, in place."""
-    return y if activation is None else ACTIVATIONS[activation][2](y)
+    return y if activation is None else activation_of(activation)[2](y)
 
 
 def _finish(y: Tensor, residual: Any, activation: str | None, writes: bool) -> Tensor:

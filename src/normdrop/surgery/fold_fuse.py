@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from normdrop.surgery.fold_calls import ACTIVATIONS, AddActivate, convolution, is_plain_call
+from normdrop.ops.reference import leaky_relu_of
+from normdrop.surgery.fold_calls import AddActivate, convolution, is_plain_call
 from normdrop.surgery.fold_layout import hide_layout, writes
 from normdrop.surgery.fold_match import Scope, does_more
 from normdrop.surgery.fusion_forward import Code, FusedForward
@@ -132,12 +133,17 @@ def _does(scope: Scope, node: Node, after: Node) -> dict[str, Any] | None:
     if type(module) is AddActivate:
         residual = after.args[1] if len(after.args) > 1 else after.kwargs.get("residual")
         given = {"residual": residual, "activation": module.activation}
-        is_known = module.activation is None or module.activation in ACTIVATIONS
         is_summand = after.args[:1] == (node,) and module.dims is None
-        return (
-            {k: v for k, v in given.items() if v is not None} if is_known and is_summand else None
+        return {k: v for k, v in given.items() if v is not None} if is_summand else None
+    if module is not None:
+        is_leaky = type(module) is torch.nn.LeakyReLU
+        activation = (
+            leaky_relu_of(module.negative_slope) if is_leaky else _MODULES.get(type(module))
         )
-    activation = _MODULES.get(type(module)) if module is not None else _FUNCTIONS.get(after.target)
+    elif after.target in (F.leaky_relu, F.leaky_relu_):
+        return _leaky(node, after)
+    else:
+        activation = _FUNCTIONS.get(after.target)
     if activation is not None:
         # The second argument of the functions is inplace.
         is_alone = len(after.args) <= 2 and not set(after.kwargs) - {"inplace"}
@@ -153,6 +159,17 @@ def _does(scope: Scope, node: Node, after: Node) -> dict[str, Any] | None:
         return {"residual": second, "writes": True}
     # The sum is written into the other summand, which others may read.
     return {"residual": first} if only_user(first) is after and _is_fresh(scope, first) else None
+
+
+def _leaky(node: Node, after: Node) -> dict[str, Any] | None:
+    """What a convolution does for ``leaky_relu(input, negative_slope=0.01, inplace=False)``."""
+    options = dict(after.kwargs)
+    slope = after.args[1] if len(after.args) > 1 else options.pop("negative_slope", 0.01)
+    options.pop("inplace", None)
+    activation = leaky_relu_of(slope)
+    if options or activation is None or after.args[:1] != (node,):
+        return None
+    return {"activation": activation}
 
 
 def _between(first: Node, last: Node) -> list[Node]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
+
+from normdrop.ops import reference
 
 __all__ = ["batch_norm"]
 
@@ -34,8 +35,5 @@ def batch_norm(
     else:
         y = norm.normalize(x, None, None)
         y = y.add_(residual) if writes else y + residual
-        if activation == "relu":
-            y = torch.relu(y)
-        elif activation is not None:
-            y = torch.nn.functional.leaky_relu(y)
+        y = reference.activate(y, activation)
     return y if dropout is None else cast(Tensor, type(dropout).forward(dropout, y))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from normdrop.ops.reference import leaky_relu_of
 from normdrop.surgery.fusion_call import batch_norm
 from normdrop.surgery.fusion_modules import DROPOUTS, has_hooks, is_fusible_norm
 from normdrop.surgery.fusion_tracing import IN_PLACE, Trace
@@ -183,8 +184,8 @@ def _activation(user: Node, trace: Trace) -> str | None:
         module = trace.modules[user]
         if _is_plain(user, trace, torch.nn.ReLU):
             return "relu"
-        is_leaky = _is_plain(user, trace, torch.nn.LeakyReLU) and module.negative_slope == 0.01
-        return "leaky_relu" if is_leaky else None
+        is_leaky = _is_plain(user, trace, torch.nn.LeakyReLU)
+        return leaky_relu_of(module.negative_slope) if is_leaky else None
     if user.op == "call_method":
         is_relu = user.target in ("relu", "relu_") and len(user.args) == 1 and not user.kwargs
         return "relu" if is_relu else None
@@ -196,7 +197,7 @@ def _activation(user: Node, trace: Trace) -> str | None:
         return "relu" if len(user.args) <= 2 and not options else None
     if user.target in _LEAKY:
         slope = user.args[1] if len(user.args) > 1 else options.pop("negative_slope", 0.01)
-        return "leaky_relu" if slope == 0.01 and not options else None
+        return None if options else leaky_relu_of(slope)
     return None
 
 

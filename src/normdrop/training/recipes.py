@@ -58,7 +58,7 @@ DATA: dict[str, dict[str, Any]] = {
         "width": 32,
         "stem_stride": 2,
         "augment": "shift,flip",
-        "epochs": 18,
+        "epochs": 26,
         "keep_hidden": 0.9,
     },
     "images up to 64 pixels": {"model": "resnet8", "width": 32, "stem_stride": 2},
