@@ -11,8 +11,9 @@
 //
 // x is (outer, channels, inner). float, bfloat16 and half are computed in float, at most 4096
 // elements of a channel (256 rows of columns) being summed in float before they go to double.
-// Sums of squares are shifted by the mean of the elements before, so that nothing cancels: the
-// error of m2 is at most a few roundings of m2 itself, wherever the mean is.
+// Sums of squares are shifted by the mean of the block before, so that nothing cancels: together
+// they are at most a few times m2, wherever the mean is, and so is their error. The first block
+// has the mean of a few elements; if that proves far from its own mean, it is summed again.
 //
 // Nothing here is parallel. A caller gives disjoint channels, blocks or rows to each thread.
 
@@ -404,20 +405,41 @@ NORMDROP_INLINE void walk_block(const BatchNormArgs& args, const RowBlocks& bloc
 }
 
 // Sums of d = x - shift and of d^2 over a row, four accumulators each.
+//
+// An accumulator takes four squares, then goes to the total. Where the mean is large, d is a
+// multiple of the distance h of floats there, so a square is 0, 1 or 4 modulo 8 in units of h^2:
+// added to a sum that has no room for these units, it is rounded down more often than up, by h^2/2
+// on average. A block of squares added one by one lost 3.5e-7 of the variance at mean 1e4, std 1.
+// Sums of four squares are rounded up as often as down.
 template <class T>
 NORMDROP_INLINE void sum_row(const T* x, int64_t n, VectorOf<T> shift, VectorOf<T>& total_d,
                              VectorOf<T>& total_dd) {
   using V = VectorOf<T>;
-  constexpr int64_t W = Lanes<T>::width;
+  constexpr int64_t W = Lanes<T>::width, kFour = 4;
   V d_sum[kUnroll] = {}, dd_sum[kUnroll] = {};
-  int64_t i = 0;
-  for (; i + kUnroll * W <= n; i += kUnroll * W) {
+  const auto add = [&](int64_t at) NORMDROP_LAMBDA {
     NORMDROP_UNROLL
     for (int64_t u = 0; u < kUnroll; ++u) {
-      const V d = Lanes<T>::load(x + i + u * W) - shift;
+      const V d = Lanes<T>::load(x + at + u * W) - shift;
       d_sum[u] += d;
       dd_sum[u] = fma(d, d, dd_sum[u]);
     }
+  };
+  int64_t i = 0;
+  for (; i + kFour * kUnroll * W <= n; i += kFour * kUnroll * W) {
+    NORMDROP_UNROLL
+    for (int64_t k = 0; k < kFour; ++k) {
+      add(i + k * kUnroll * W);
+    }
+    total_d += (d_sum[0] + d_sum[1]) + (d_sum[2] + d_sum[3]);
+    total_dd += (dd_sum[0] + dd_sum[1]) + (dd_sum[2] + dd_sum[3]);
+    NORMDROP_UNROLL
+    for (int64_t u = 0; u < kUnroll; ++u) {
+      d_sum[u] = dd_sum[u] = V{};
+    }
+  }
+  for (; i + kUnroll * W <= n; i += kUnroll * W) {
+    add(i);
   }
   for (; i + W <= n; i += W) {
     const V d = Lanes<T>::load(x + i) - shift;
@@ -446,6 +468,62 @@ NORMDROP_INLINE double mean_of_first(const T* x, int64_t n) {
   return sum_of(sum) / (double)n;
 }
 
+constexpr int64_t kChannelTile = 32;
+
+// Sums of a block's rows for a few channels: of eight rows first, so that short rows, too, add few
+// to one accumulator.
+template <class T, int64_t kChannels>
+struct BlockSums {
+  VectorOf<T> few_d[kChannels], few_dd[kChannels], d[kChannels], dd[kChannels];
+
+  NORMDROP_METHOD void clear(int64_t channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+      few_d[c] = few_dd[c] = d[c] = dd[c] = VectorOf<T>{};
+    }
+  }
+  // Before row o of the first channel.
+  NORMDROP_METHOD void start_row(int64_t o, int64_t channels) {
+    if (o % 8 == 0) {
+      flush(channels);
+    }
+  }
+  NORMDROP_METHOD void flush(int64_t channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+      d[c] += few_d[c];
+      dd[c] += few_dd[c];
+      few_d[c] = few_dd[c] = VectorOf<T>{};
+    }
+  }
+};
+
+// A block whose squares are mostly due to its shift's distance from its mean, by this share, is
+// summed again about its mean. Only the first one: if the mean of a later block is far from that of
+// the block before, the channel's spread is as large.
+constexpr double kFar = 0.8;
+
+NORMDROP_INLINE bool is_far(double n, double block_d, double block_dd) {
+  return block_d * block_d > kFar * n * block_dd;
+}
+
+// A channel of a block again; out of line, since it is rare.
+template <class T>
+__attribute__((noinline)) void sum_block_again(const BatchNormArgs& args, const RowBlocks& blocks,
+                                               int64_t b, int64_t c, double shift, double* block_d,
+                                               double* block_dd) {
+  BlockSums<T, 1> sums{};
+  const auto k = splat<VectorOf<T>>((ScalarOf<T>)shift);
+  const T* x = static_cast<const T*>(args.x);
+  walk_block(args, blocks, b, c, c + 1,
+             [&](int64_t o, int64_t, int64_t i, int64_t n) NORMDROP_LAMBDA {
+               sums.start_row(o, 1);
+               sum_row<T>(x + (o * args.channels + c) * args.inner + i, n, k, sums.few_d[0],
+                          sums.few_dd[0]);
+             });
+  sums.flush(1);
+  *block_d = sum_of(sums.d[0]);
+  *block_dd = sum_of(sums.dd[0]);
+}
+
 // Sums over blocks, each with its own shift, brought to one fixed shift in double.
 struct ShiftedSums {
   double count, origin, d, dd, shift;
@@ -469,8 +547,6 @@ struct ShiftedSums {
   }
 };
 
-constexpr int64_t kChannelTile = 32;
-
 template <class T>
 void statistics_rows(const BatchNormArgs& args, int64_t c0, int64_t c1, int64_t b0, int64_t b1,
                      Moments* result) {
@@ -481,16 +557,14 @@ void statistics_rows(const BatchNormArgs& args, int64_t c0, int64_t c1, int64_t 
   for (int64_t tile = c0; tile < c1; tile += kChannelTile) {
     const int64_t tile_end = min_of(tile + kChannelTile, c1);
     ShiftedSums sums[kChannelTile];
-    V d_sum[kChannelTile], dd_sum[kChannelTile];
+    BlockSums<T, kChannelTile> block_sums;
     for (int64_t c = tile; c < tile_end; ++c) {
       const int64_t o = b0 / blocks.parts * blocks.rows, i = b0 % blocks.parts * blocks.length;
       const T* start = x + (o * args.channels + c) * args.inner + i;
       sums[c - tile].start((double)(Scalar)mean_of_first(start, min_of(64, args.inner - i)));
     }
     for (int64_t b = b0; b < b1; ++b) {
-      for (int64_t c = tile; c < tile_end; ++c) {
-        d_sum[c - tile] = dd_sum[c - tile] = V{};
-      }
+      block_sums.clear(tile_end - tile);
       double count = 0.0;
       walk_block(args, blocks, b, tile, tile_end,
                  [&](int64_t o, int64_t c, int64_t i, int64_t n) NORMDROP_LAMBDA {
@@ -498,12 +572,21 @@ void statistics_rows(const BatchNormArgs& args, int64_t c0, int64_t c1, int64_t 
                    if (o + 1 < args.outer) {
                      prefetch_row(row + args.channels * args.inner, n);
                    }
-                   sum_row<T>(row, n, splat<V>((Scalar)sums[c - tile].shift), d_sum[c - tile],
-                              dd_sum[c - tile]);
-                   count += c == tile ? (double)n : 0.0;
+                   if (c == tile) {
+                     block_sums.start_row(o, tile_end - tile);
+                     count += (double)n;
+                   }
+                   sum_row<T>(row, n, splat<V>((Scalar)sums[c - tile].shift),
+                              block_sums.few_d[c - tile], block_sums.few_dd[c - tile]);
                  });
+      block_sums.flush(tile_end - tile);
       for (int64_t c = 0; c < tile_end - tile; ++c) {
-        sums[c].template add<Scalar>(count, sum_of(d_sum[c]), sum_of(dd_sum[c]));
+        double block_d = sum_of(block_sums.d[c]), block_dd = sum_of(block_sums.dd[c]);
+        if (b == b0 && is_far(count, block_d, block_dd)) {
+          sums[c].start((double)(Scalar)(sums[c].shift + block_d / count));
+          sum_block_again<T>(args, blocks, b, tile + c, sums[c].shift, &block_d, &block_dd);
+        }
+        sums[c].template add<Scalar>(count, block_d, block_dd);
       }
     }
     for (int64_t c = tile; c < tile_end; ++c) {
@@ -704,6 +787,40 @@ struct GradientUnit {
 // Columns whose sums stay in the first-level cache.
 constexpr int64_t kStrip = 512;
 
+// Sums of d = x - shift and of d^2 of a vector of columns over a few rows: of four in an
+// accumulator, as in sum_row.
+template <class T, int64_t kRows>
+NORMDROP_INLINE void sum_columns(const T* x, int64_t channels, VectorOf<T> shift,
+                                 VectorOf<T>& total_d, VectorOf<T>& total_dd) {
+  using V = VectorOf<T>;
+  V sum[2] = {}, square[2] = {};
+  NORMDROP_UNROLL
+  for (int64_t r = 0; r < kRows; ++r) {
+    const V difference = Lanes<T>::load(x + r * channels) - shift;
+    sum[r % 2] += difference;
+    square[r % 2] = fma(difference, difference, square[r % 2]);
+  }
+  total_d += sum[0] + sum[1];
+  total_dd += square[0] + square[1];
+}
+
+// A vector of columns of a block again, about their means, which become their shifts.
+template <class T>
+__attribute__((noinline)) void sum_columns_again(const T* x, int64_t channels, int64_t rows,
+                                                 ScalarOf<T>* shift, ScalarOf<T>* block_d,
+                                                 ScalarOf<T>* block_dd) {
+  using V = VectorOf<T>;
+  const V share = splat<V>((ScalarOf<T>)(1.0 / (double)rows));
+  const V k = load_vector<V>(shift) + load_vector<V>(block_d) * share;
+  V d{}, dd{};
+  walk_ascending<8>(0, rows, [&](int64_t m, auto few) NORMDROP_LAMBDA {
+    sum_columns<T, decltype(few)::rows>(x + m * channels, channels, k, d, dd);
+  });
+  store_vector(shift, k);
+  store_vector(block_d, d);
+  store_vector(block_dd, dd);
+}
+
 template <class T>
 void statistics_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, double* mean,
                         double* m2) {
@@ -743,20 +860,24 @@ void statistics_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, doubl
       walk_ascending<8>(block, block_end, [&](int64_t m, auto rows) NORMDROP_LAMBDA {
         const T* row = x + m * args.channels;
         for (int64_t c = 0; c < count; c += W) {
-          const V k = load_vector<V>(shift + c);
-          V sum[2] = {}, square[2] = {};
-          NORMDROP_UNROLL
-          for (int64_t r = 0; r < decltype(rows)::rows; ++r) {
-            const V difference = Lanes<T>::load(row + r * args.channels + c) - k;
-            sum[r % 2] += difference;
-            square[r % 2] = fma(difference, difference, square[r % 2]);
-          }
-          store_vector(block_d + c, load_vector<V>(block_d + c) + (sum[0] + sum[1]));
-          store_vector(block_dd + c, load_vector<V>(block_dd + c) + (square[0] + square[1]));
+          V sum = load_vector<V>(block_d + c), square = load_vector<V>(block_dd + c);
+          sum_columns<T, decltype(rows)::rows>(row + c, args.channels, load_vector<V>(shift + c),
+                                               sum, square);
+          store_vector(block_d + c, sum);
+          store_vector(block_dd + c, square);
         }
       });
       const F64 rows = splat<F64>((double)(block_end - block));
       const F64 share = splat<F64>(1.0 / (double)(block_end - block));
+      const V far = splat<V>((Scalar)(kFar * (double)(block_end - block)));  // as is_far
+      for (int64_t c = 0; block == m0 && c < count; c += W) {
+        const V s = load_vector<V>(block_d + c), q = load_vector<V>(block_dd + c);
+        if (bits_of((MaskOf<T>)(s * s > far * q)) != 0) {
+          sum_columns_again<T>(x + block * args.channels + c, args.channels, block_end - block,
+                               shift + c, block_d + c, block_dd + c);
+          store_vector(origin + c, load_vector<V>(shift + c));
+        }
+      }
       for (int64_t c = 0; c < count; c += kDoubles) {
         const F64 s = load_doubles(block_d + c), q = load_doubles(block_dd + c);
         const F64 k = load_doubles(shift + c);
