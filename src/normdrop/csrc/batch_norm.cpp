@@ -9,7 +9,8 @@
 //     than threads, the passes are separate tasks over blocks and rows, with the same sums.
 //   columns (inner = 1): a task is a chunk of rows; all partial sums are merged between the passes.
 //     Narrow matrices are folded: k rows of C channels are seen as one row of k*C, at least 512,
-//     so that what a row costs by itself does not count.
+//     so that what a row costs by itself does not count. The partial sums of such a chunk are k,
+//     of as many elements each; which ones is the kernel's choice.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -286,7 +287,7 @@ struct Work {
         plan(layout),
         scratch(bytes()) {
     args.outer = x.outer;
-    args.channels = x.channels;
+    args.channels = args.period = x.channels;
     args.inner = x.inner;
     args.x = tensor.data_ptr();
     args.stream = bytes_of(tensor) >= stream_threshold();

@@ -18,6 +18,7 @@ enum DataType { kFloat32, kFloat64, kBFloat16, kFloat16, kDataTypes };
 // type computed in, float or double.
 struct BatchNormArgs {
   int64_t outer, channels, inner;
+  int64_t period;  // columns: every so many the constants repeat
   const void* x;
   const void* residual;  // forward: or null
   const void* grad_y;    // backward
@@ -61,16 +62,15 @@ inline RowBlocks row_blocks(int64_t outer, int64_t inner) {
   return blocks;
 }
 
-// Rows of the column kernels that are summed in float before they go to double, eight or four of
-// them at once.
+// Rows of the column kernels that are summed in float before they go to double.
 constexpr int64_t kColumnBlock = 256;
 
 // The columns of a row in the column kernels are a multiple of this; any number of them are taken
 // as a single row, the remainder.
 constexpr int64_t kColumnMultiple = 16;
 
-// Two sums for each column of `count` parts, (count, channels); `fold` parts lie in one row. Eight
-// more elements can be read behind either.
+// Two sums for each column of `count` parts, (count, channels). `fold` parts, of as many rows each,
+// belong to one chunk. Eight more elements can be read behind either.
 struct ColumnParts {
   int64_t channels, fold, count;
   double *first, *second;
