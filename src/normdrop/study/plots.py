@@ -66,6 +66,9 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.unicode_minus": True,
     "axes.formatter.use_mathtext": False,
+    # An offset or a factor of all ticks would be written over the legend.
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-9, 9),
     "axes.axisbelow": True,
     "axes.facecolor": "none",
     "text.color": INK,
