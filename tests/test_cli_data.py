@@ -103,6 +103,20 @@ def assert_refused(arguments, words, folder, capsys):
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize(("holes", "said"), [(1, "1 row is"), (2, "2 rows are"), (0, None)])
+def test_dropped_rows_are_counted_before_training(tmp_path, capsys, monkeypatch, holes, said):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{'' if i < holes else i % 7},{'ab'[i % 2]}" for i in range(40)]
+    (tmp_path / "t.csv").write_text("\n".join(["x,y", *rows]))
+    arguments = ["--missing", "drop", "--epochs", "1", "--no-report", "--threads", "1"]
+    assert cli.main(["train", "--data", "t.csv", *arguments]) == 0
+    shown = capsys.readouterr().out
+    if said:
+        assert f"{said} left out for missing values\n" in shown
+    else:
+        assert "left out" not in shown
+
+
 def test_damaged_images_are_skipped_and_listed(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a_damaged_image(tmp_path / "pets")

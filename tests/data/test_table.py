@@ -195,6 +195,7 @@ def test_missing_values_dropped_keep_the_other_rows_numbers(write):
     data = load(write(with_holes()), missing="drop")
     data.setup()
     assert sum(data.sizes.values()) == 55
+    assert data.dropped == 5
     names = {n for split, count in data.sizes.items() for n in data.names(split, range(count))}
     assert names == {f"row {i + 1}" for i in range(60)} - {f"row {i}" for i in (4, 5, 8, 10, 12)}
 
@@ -273,13 +274,13 @@ def test_table_with_one_class_or_a_lone_sample_is_an_error(write):
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
-        ("a.csv", b"", "cannot be read"),
+        ("a.csv", b"", "is empty"),
         ("a.csv", b"x,target\n", "has no rows"),
         ("a.csv", b"a,b,a\n4,5,6\n", "has more than one column 'a'; give each its own name"),
         ("a.csv", b"1,2,3\n4,5,6\n", "must begin with a line of column names"),
         ("a.csv", b"0.94,1.5,x\n0.2,1.1,y\n", "must begin with a line of column names"),
         ("a.csv", b'a,target\n1,2\n"3,4\n', "cannot be read"),
-        ("a.csv", b"a,target\n\xff\xfe,2\n", "cannot be read"),
+        ("a.csv", b"a,target\n\xff\xfe,2\n", "is not text in UTF-8; save it as such"),
         ("a.parquet", b"PAR1", "cannot be read"),
         ("a.parquet", b"", "cannot be read"),
     ],

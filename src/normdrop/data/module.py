@@ -104,6 +104,7 @@ class DataModule(LightningDataModule):
         digest: a hash of samples, labels and splits, so that a run that continues notices when
             the data has changed.
         skipped: (path, reason) of unreadable images that were left out.
+        dropped: how many rows of a table were left out for their missing values.
     """
 
     name: str = ""
@@ -133,6 +134,7 @@ class DataModule(LightningDataModule):
         self.sizes: dict[str, int] = {}
         self.digest = ""
         self.skipped: list[tuple[str, str]] = []
+        self.dropped = 0
         self._epoch = 0
         self._loaders: list[Loader] = []
         self._ready = False

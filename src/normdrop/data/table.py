@@ -124,6 +124,7 @@ class Table(DataModule):
         kept = frame.dropna()
         if not len(kept):
             raise UserError(f"{self.path} has no row without missing values; ignore those columns")
+        self.dropped = len(frame) - len(kept)
         return kept
 
     def _fit(self, training: np.ndarray) -> None:
@@ -177,6 +178,8 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> pd.DataFrame:
         else:
             with path.open(encoding="utf-8-sig") as file:
                 first = file.readline()
+            if not first:
+                raise UserError(f"table {str(path)!r} is empty")
             separator = max(",;\t", key=first.count)
             _check_header(path, first, separator)
             frame = pd.read_csv(
@@ -190,6 +193,10 @@ def read_table(path: Path, text_columns: Iterable[str] = ()) -> pd.DataFrame:
             )
     except UserError:
         raise
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"table {str(path)!r} cannot be read, since it is not text in UTF-8; save it as such"
+        ) from error
     except Exception as error:  # A damaged Parquet file raises KeyError and TypeError too.
         reason = str(error).strip().splitlines()
         raise UserError(

@@ -204,6 +204,8 @@ def _announce(
     folder: Path, options: Options, network: torch.nn.Module, datamodule: data.DataModule
 ) -> None:
     sizes, shape = datamodule.sizes, "×".join(map(str, datamodule.input_shape))
+    if datamodule.kind == "table":
+        shape += " inputs"
     counts = count_parameters(network)
     say(
         f"{datamodule.name}: {sizes['train']:,} training, {sizes['val']:,} validation and "
@@ -215,6 +217,9 @@ def _announce(
         say(f"{what} could not be read and {'is' if one else 'are'} left out:")
         for path, reason in datamodule.skipped:
             say(f"  {path} ({reason})")
+    if datamodule.dropped:
+        rows = "1 row is" if datamodule.dropped == 1 else f"{datamodule.dropped:,} rows are"
+        say(f"{rows} left out for missing values")
     say(
         f"{options.network.model}: {counts['theta']:,} parameters Θ, and {counts['gamma_alpha']:,} "
         f"γ and α that batch norm adds"
