@@ -70,6 +70,15 @@ def test_help_of_train_names_every_flag_and_the_recipes(capsys):
         assert f"\n  {name} " in shown.partition("Defaults, chosen for")[2]
 
 
+def test_help_shows_choices_and_one_name_for_a_list(capsys):
+    run("describe", "--help")
+    assert "--memory {normal,low}" in capsys.readouterr().out
+    run("train", "--help")
+    shown = capsys.readouterr().out
+    assert "  --keep-hidden X  " in shown
+    assert "+" not in shown
+
+
 def test_help_imports_no_torch():
     code = (
         "import sys; from normdrop.cli import main; main(['--help']); main(['train', '--help']);"

@@ -55,6 +55,11 @@ def parse(
         def _fill_text(self, text: str, width: int, indent: str) -> str:
             return text
 
+        def _format_action_invocation(self, action: Any) -> str:
+            # jsonargparse's second name for a list, --flag+ to append to it, is noise here.
+            shown: str = super()._format_action_invocation(action)
+            return re.sub(r", --[\w-]+\+ \S+", "", shown)
+
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [options]" + "".join(f" {name}" for name in _positional(command)),
@@ -141,18 +146,24 @@ def _add_flag(section: Any, name: str, hint: Any, default: Any, text: str) -> No
     from jsonargparse import ActionYesNo
 
     flag = "--" + name.replace("_", "-")
-    if bool in (hint, *typing.get_args(hint)):
+    if bool in _kinds(hint):
         section.add_argument(flag, action=ActionYesNo(no_prefix="no-"), default=default, help=text)
     else:
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        choices = next(
+            (typing.get_args(k) for k in _kinds(hint) if typing.get_origin(k) is Literal), ()
+        )
         metavar = "{" + ",".join(choices) + "}" if choices else _metavar(hint)
         section.add_argument(flag, type=hint, default=default, help=text, metavar=metavar)
 
 
+def _kinds(hint: Any) -> list[Any]:
+    """A type, and those that it is a union of."""
+    return [hint, *typing.get_args(hint)]
+
+
 def _metavar(hint: Any) -> str:
-    kinds = [hint, *typing.get_args(hint)]
     for kind, shown in ((int, "N"), (float, "X"), (Path, "PATH")):
-        if kind in kinds:
+        if kind in _kinds(hint):
             return shown
     return "TEXT"
 

@@ -196,7 +196,7 @@ def test_folder_with_loose_images_is_an_error(image_folder, tmp_path):
     with pytest.raises(UserError, match="one folder of images per class, but it holds 4 files"):
         load(image_folder({".": 4})).setup()
     (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match="but it holds nothing and no folder"):
+    with pytest.raises(UserError, match="but it holds neither folders nor images"):
         load(tmp_path / "bare").setup()
 
 

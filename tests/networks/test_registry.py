@@ -82,7 +82,7 @@ def test_the_lectures_four_options_are_everywhere(name: str) -> None:
     ],
 )
 def test_an_unknown_name_suggests_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(UserError, match=f'Unknown network "{name}": did you mean "{nearest}'):
+    with pytest.raises(UserError, match=f'Unknown network "{name}"; did you mean "{nearest}'):
         _build(name)
 
 

@@ -253,6 +253,12 @@ def test_a_run_without_weights_says_how_to_finish_it(finished_run, tmp_path):
         load_network(run)
 
 
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "table.csv").write_text("a,b\n")
+    with pytest.raises(UserError, match=r"Expected a run folder, but .*table\.csv is a file"):
+        evaluate(tmp_path / "table.csv")
+
+
 @pytest.mark.parametrize("name", ["run.json", "options.yaml"])
 def test_a_damaged_run_folder_is_named(finished_run, tmp_path, name):
     run = shutil.copytree(finished_run, tmp_path / "run")

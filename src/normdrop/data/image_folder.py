@@ -227,11 +227,14 @@ def _find_files(root: Path) -> tuple[tuple[str, ...], list[tuple[Path, int, str]
     for part, path in roots.items():
         if not folders[part]:
             loose = sum(not is_junk(p) for p in path.iterdir() if p.is_file())
-            has = f"{loose} files" if loose else "nothing"
+            has = (
+                f"holds {loose} files and no folder"
+                if loose
+                else "holds neither folders nor images"
+            )
             raise UserError(
-                f"folder {str(path)!r} must hold one folder of images per class, but it holds "
-                f"{has} and no "
-                f"folder; make folders named after the classes and put the images into them"
+                f"folder {str(path)!r} must hold one folder of images per class, but it {has}; "
+                f"make folders named after the classes and put the images into them"
             )
     classes = tuple(sorted({folder.name for group in folders.values() for folder in group}))
     files: list[tuple[Path, int, str]] = []

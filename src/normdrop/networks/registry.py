@@ -135,8 +135,12 @@ def _find(name: str) -> tuple[_Family, re.Match[str]]:
             return family, match
     names = available()
     near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.5)
-    suggestion = f'did you mean "{near[0]}"? ' if near else ""
-    raise UserError(f'Unknown network "{name}": {suggestion}There are {", ".join(names)}')
+    if near:
+        raise UserError(f'Unknown network "{name}"; did you mean "{near[0]}"?')
+    raise UserError(
+        f'Unknown network "{name}"; choose one of {", ".join(names)}, or another of their '
+        "families, such as mlp_64_64"
+    )
 
 
 def _check_options(name: str, given: dict[str, Any]) -> None:

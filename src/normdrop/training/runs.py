@@ -208,6 +208,8 @@ def read_run(folder: Path) -> dict[str, Any]:
             if folder.is_dir()
             else f"There is no run folder {folder}"
         ) from None
+    except NotADirectoryError:
+        raise UserError(f"Expected a run folder, but {folder} is a file") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"Cannot read {path}: {error}; it was cut off or changed") from error
     return dict(run)
