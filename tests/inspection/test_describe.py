@@ -341,6 +341,12 @@ def test_the_table_names_layers_and_sums_them() -> None:
     assert "adds 240 nodes (K) with 480 parameters (γ, α), 0.64% of 75,290." in text
 
 
+def test_the_table_says_where_there_is_no_batch_norm() -> None:
+    text = str(normdrop.describe(torch.nn.Linear(3, 2), "3"))
+    assert "It has no batch normalization." in text
+    assert "adds" not in text.replace("multiply-adds", "").replace("Multiply-adds", "")
+
+
 def test_json_holds_the_layers_and_the_totals() -> None:
     description = normdrop.describe(networks.mlp((9, 8, 7)), "9")
     data = json.loads(description.to_json())

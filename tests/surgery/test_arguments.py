@@ -29,9 +29,9 @@ TOOLS = (
 @pytest.mark.parametrize(
     ("model", "got"),
     [
-        (None, "a NoneType"),
-        ([torch.nn.ReLU()], "a list"),
-        (torch.nn.ReLU().state_dict(), "a OrderedDict"),
+        (None, "None"),
+        ([torch.nn.ReLU()], "an object of type list"),
+        (torch.nn.ReLU().state_dict(), "an object of type OrderedDict"),
         (torch.nn.ReLU, "the class ReLU itself; make an instance of it"),
     ],
 )
@@ -54,6 +54,14 @@ def test_convert_changes_nothing_where_a_word_is_wrong(name):
     assert type(model[1]) is torch.nn.BatchNorm2d
     assert type(model[3]) is torch.nn.Linear
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("fuse", ["no", None, 1])
+def test_convert_takes_no_word_for_fuse(fuse):
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    with pytest.raises(TypeError, match=f"expected `fuse` to be True or False but got {fuse!r}"):
+        normdrop.convert(model, fuse=fuse)
+    assert type(model[0]) is torch.nn.BatchNorm2d
 
 
 def test_fold_warns_in_training_mode():

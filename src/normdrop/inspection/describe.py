@@ -288,7 +288,7 @@ def _sizes(given: object) -> tuple[int, ...]:
     if not numbers or not all(isinstance(n, Integral) and int(n) > 0 for n in numbers):
         raise UserError(
             'Expected an input size such as "224x224x3", (224, 224, 3) or (13,) but got '
-            f"{given!r}; it has no batch"
+            f"{given!r}: sizes of at least 1, without the batch"
         )
     return tuple(int(n) for n in numbers)
 

@@ -110,7 +110,9 @@ class Description:
                 "",
                 f"Batch normalization adds {self.norm_nodes:,} nodes (K) with "
                 f"{self.gamma_alpha:,} parameters (γ, α), {share:.2%} of "
-                f"{self.theta + self.gamma_alpha:,}.",
+                f"{self.theta + self.gamma_alpha:,}."
+                if self.norm_nodes
+                else "It has no batch normalization.",
                 f"Multiply-adds are for one sample; kept for backward is for a batch of "
                 f"{self.batch_size}, in training.",
             ]

@@ -18,7 +18,7 @@ def check_model(who: str, model: Any) -> None:
     if isinstance(model, type) and issubclass(model, torch.nn.Module):
         got = f"the class {model.__name__} itself; make an instance of it"
     else:
-        got = f"a {type(model).__name__}"
+        got = repr(model) if model is None else f"an object of type {type(model).__name__}"
     raise TypeError(f"{who}: expected `model` to be a torch.nn.Module but got {got}")
 
 

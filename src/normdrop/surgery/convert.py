@@ -69,7 +69,7 @@ def convert(
 
     Raises:
         UserError: another ``layout``, ``linear`` or ``memory``. Nothing is changed.
-        TypeError: no module.
+        TypeError: no module, or a ``fuse`` that is neither True nor False.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU(),
@@ -82,6 +82,8 @@ def convert(
         <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
     check_model("convert", model)
+    if not isinstance(fuse, bool):
+        raise TypeError(f"convert: expected `fuse` to be True or False but got {fuse!r}")
     for name, value, choices in (
         ("layout", layout, Layout),
         ("linear", linear, Products),
