@@ -209,6 +209,37 @@ def test_with_little_memory_what_is_worked_out_again_is_not_counted(device: str)
     assert [layer.kept_bytes for layer in low.layers if layer.type == "MaxPool2d"] == [0]
 
 
+class TwoBlocks(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(4)
+        self.conv2 = torch.nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(4)
+        self.head = torch.nn.Conv2d(4, 2, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.head(torch.relu(self.bn2(self.conv2(x)) + x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("memory", ["normal", "low"])
+def test_a_converted_model_is_described_as_it_runs_fused(memory: str) -> None:
+    model = normdrop.convert(TwoBlocks(), memory=memory)
+    map_bytes = 8 * 4 * 32 * 32 * 4  # of each tensor between the layers
+    description = normdrop.describe(model, "32x32x3", batch_size=8)
+    kept = {layer.name: layer.kept_bytes for layer in description.layers}
+    # Each norm keeps what it normalizes; bits of the sum's signs; μ and σ² in float64.
+    bits = 8 * 4 * 32 * 32 // 8 + 8 * 4
+    assert kept["bn1"] == map_bytes + 2 * 4 * 8
+    assert kept["bn2"] == map_bytes + 2 * 4 * 8 + bits
+    assert kept["conv2"] == (0 if memory == "low" else map_bytes)
+    assert kept["head"] == (0 if memory == "low" else map_bytes)
+    assert (description.norm_nodes, description.gamma_alpha) == (8, 16)
+    assert "normalize" not in vars(model.bn1)
+    assert [row.action for row in normdrop.plan(model)] == ["already", "already"]
+
+
 def test_frozen_models_keep_nothing() -> None:
     model = networks.resnet(8, 10).requires_grad_(False)
     assert normdrop.describe(model, "16x16x3").kept_bytes == 0

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from normdrop.errors import UserError
 from normdrop.inspection.description import Description, Layer
 from normdrop.ops import recompute
+from normdrop.surgery import fusion
 
 __all__ = ["describe", "parse_input"]
 
@@ -105,8 +107,15 @@ class _Run:
         handles = []
         for tensor in tensors.values():
             self._is_new(tensor)
+        inside_fused = fusion.inside_fused(self._names)
+        norms = [module for module in inside_fused if isinstance(module, _BatchNorm)]
         try:
+            # With a hook on what is inside, fused code would step aside.
+            for norm in norms:
+                vars(norm)["normalize"] = partial(self._normalize, norm)
             for module in self._names:
+                if module in inside_fused:
+                    continue
                 handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
             with (
@@ -117,6 +126,8 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()
+            for norm in norms:
+                vars(norm).pop("normalize", None)
 
     def rows(self) -> list[Layer]:
         """Give the layers that ran, and those that did not but have parameters."""
@@ -146,6 +157,16 @@ class _Run:
         layer = self._at_work.pop()
         first = _first_tensor(output)
         layer.output_shape = None if first is None else tuple(first.shape[1:])
+
+    def _normalize(self, norm: Any, x: Tensor, *arguments: Any) -> Any:
+        """Do what fused code calls instead of the module: its normalization and what follows."""
+        self._enter(norm, (x,))
+        y = None
+        try:
+            y = type(norm).normalize(norm, x, *arguments)
+        finally:
+            self._leave(norm, (x,), y)
+        return y
 
     def _add(self, module: torch.nn.Module) -> Layer:
         layer = Layer(self._names[module], _type(module))

@@ -8,7 +8,7 @@ code; see :class:`~normdrop.surgery.fusion_forward.FusedForward`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ from normdrop.surgery.fusion_tracing import (
     trace,
 )
 
-__all__ = ["Scope", "find", "fused_in", "reasons_against", "remove"]
+__all__ = ["Scope", "find", "fused_in", "inside_fused", "reasons_against", "remove"]
 
 
 @dataclass
@@ -101,6 +101,17 @@ def fused_in(model: torch.nn.Module) -> Iterator[tuple[int, str]]:
         forward = vars(module).get("forward")
         if isinstance(forward, FusedForward):
             yield from ((id(norm), text) for norm, text in forward.fused)
+
+
+def inside_fused(modules: Iterable[torch.nn.Module]) -> set[torch.nn.Module]:
+    """What fused code replaces: it calls none of these, and steps aside where one has a hook."""
+    forwards = (vars(module).get("forward") for module in modules)
+    return {
+        module
+        for forward in forwards
+        if isinstance(forward, FusedForward)
+        for module in (*forward.looked_into, *forward.participants)
+    }
 
 
 def remove(model: torch.nn.Module) -> None:
