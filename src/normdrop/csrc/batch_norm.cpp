@@ -26,6 +26,7 @@
 
 #include "batch_norm_kernels.h"
 #include "layout.h"
+#include "mask.h"
 
 namespace normdrop {
 namespace {
@@ -260,9 +261,25 @@ struct ColumnPlan {
     advance(args.out);
     advance(args.grad_residual);
     args.positive = args.positive == nullptr ? nullptr : args.positive + at / 8;
+    args.kept_first += at;
     args.outer = 1;
     args.channels *= rest;
     return args;
+  }
+};
+
+// The operators' arguments for the dropout that follows; no seed is no dropout.
+struct Dropout {
+  const std::optional<Tensor>& seed;
+  int64_t threshold;
+  double scale;
+  int64_t sample_offset;
+
+  std::optional<Mask> mask(const Tensor& x) const {
+    if (!seed.has_value()) {
+      return std::nullopt;
+    }
+    return Mask(x, *seed, threshold, sample_offset);
   }
 };
 
@@ -272,6 +289,7 @@ struct Work {
   DataType type;
   int64_t element_size;
   ColumnPlan plan;
+  std::optional<Mask> mask;
   Scratch scratch;
   BatchNormArgs args{};
   ChannelArgs channels{};
@@ -280,11 +298,13 @@ struct Work {
   double *first = nullptr, *second = nullptr;  // of backward: the sums
 
   Work(const Tensor& tensor, const Layout& layout, DataType data_type,
-       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias)
+       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+       const Dropout& dropout)
       : x(layout),
         type(data_type),
         element_size(static_cast<int64_t>(tensor.element_size())),
         plan(layout),
+        mask(dropout.mask(tensor)),
         scratch(bytes()) {
     args.outer = x.outer;
     args.channels = args.period = x.channels;
@@ -313,6 +333,12 @@ struct Work {
     }
     first = scratch.take<double>(x.channels);
     second = scratch.take<double>(x.channels);
+    if (mask.has_value()) {
+      mask->set_memory(scratch.take<uint64_t>(mask->words()));
+      args.kept = mask->bits();
+      args.kept_first = mask->first_bit();
+      args.drop_scale = dropout.scale;
+    }
   }
 
   int64_t fold() const { return x.inner == 1 ? plan.fold : 1; }
@@ -326,34 +352,65 @@ struct Work {
     batch_norm_kernels().set_backward[type](channels, args, c0, c1, first, second);
   }
 
-  // Calls run(args, m0, m1, first, second) for the chunks of rows, and for the remainder. The
+  // Whether the tasks of the next pass draw the dropout mask, each what it needs of it; then one
+  // thread draws while another waits for memory. They do where they `can`, and where all pieces of
+  // `step` elements have bits of their own; else the mask is drawn here, if there is one.
+  bool tasks_draw(bool can, int64_t step) const {
+    if (!mask.has_value()) {
+      return false;
+    }
+    if (can && mask->grain() != 0 && step % mask->grain() == 0) {
+      return true;
+    }
+    mask->draw_all();
+    return false;
+  }
+  bool tiles_draw(bool can, int64_t tile) const {
+    return tasks_draw(can && x.channels * x.inner % 64 == 0, tile * x.inner);
+  }
+  bool chunks_draw(bool can) const {
+    return tasks_draw(can && plan.rows > 0, 8 * length());
+  }
+  void draw_tile(int64_t c0, int64_t c1) const {
+    for (int64_t o = 0; o < x.outer; ++o) {
+      mask->draw((o * x.channels + c0) * x.inner, (o * x.channels + c1) * x.inner);
+    }
+  }
+  void draw_chunk(int64_t m0, int64_t m1) const {
+    mask->draw(m0 * length(), m1 == plan.rows ? elements_of_x() : m1 * length());
+  }
+
+  // Calls run(args, m0, m1, first, second) for the chunks of rows, then for the remainder. The
   // thread that had a chunk before has it again, and finds in its cache what it left there.
   template <class Run>
-  void for_chunks(const Run& run) const {
+  void for_chunks(bool draws, const Run& run) const {
     const int64_t width = length();
+    const BatchNormArgs main = plan.main(args);
+    parallel_ranges(plan.chunks, elements_of_x(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t m0 = i * plan.chunk, m1 = std::min(m0 + plan.chunk, plan.rows);
+        if (draws) {
+          draw_chunk(m0, m1);
+        }
+        run(main, m0, m1, parts.first + i * width, parts.second + i * width);
+      }
+    });
     if (plan.rest > 0) {
       const int64_t at = plan.chunks * width;
       run(plan.remainder(args, element_size), 0, 1, parts.first + at, parts.second + at);
     }
-    const BatchNormArgs main = plan.main(args);
-    parallel_ranges(plan.chunks, elements_of_x(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        run(main, i * plan.chunk, std::min((i + 1) * plan.chunk, plan.rows),
-            parts.first + i * width, parts.second + i * width);
-      }
-    });
   }
 
   // Calls run(args, m0, m1) for the rows of each thread together, since it takes the last first.
   template <class Run>
   void for_ranges(const Run& run) const {
-    if (plan.rest > 0) {
-      run(plan.remainder(args, element_size), 0, 1);
-    }
     const BatchNormArgs main = plan.main(args);
     parallel_ranges(plan.chunks, elements_of_x(), [&](int64_t begin, int64_t end) {
       run(main, begin * plan.chunk, std::min(end * plan.chunk, plan.rows));
     });
+    if (plan.rest > 0) {
+      run(plan.remainder(args, element_size), 0, 1);
+    }
   }
 
  private:
@@ -363,6 +420,9 @@ struct Work {
     if (x.inner == 1) {
       result += 2 * Scratch::bytes_of(plan.parts() * x.channels, 8);
       result += Scratch::bytes_of(plan.chunks + 1, 8);
+    }
+    if (mask.has_value()) {
+      result += Scratch::bytes_of(mask->words(), 8);
     }
     return result;
   }
@@ -416,16 +476,20 @@ void forward_rows(const Work& work, bool training) {
     }
     work.set_forward(c0, c1);
   };
-  if (training && plan.one_task_a_tile()) {
+  const bool is_whole = training && plan.one_task_a_tile();
+  const bool draws = work.tiles_draw(is_whole, plan.tile);
+  if (is_whole) {
     parallel_tasks(plan.tiles, elements, [&](int64_t t) {
       std::vector<Moments> parts(static_cast<size_t>(plan.groups * plan.tile));
       for (int64_t g = 0; g < plan.groups; ++g) {
         statistics(t, g, parts.data() + g * plan.tile);
       }
       settle_tile(t, parts.data());
-      const int64_t c0 = t * plan.tile;
-      kernels.row_normalize[type](args, 0, x.outer, c0, std::min(c0 + plan.tile, x.channels), 0,
-                                  x.inner);
+      const int64_t c0 = t * plan.tile, c1 = std::min(c0 + plan.tile, x.channels);
+      if (draws) {
+        work.draw_tile(c0, c1);
+      }
+      kernels.row_normalize[type](args, 0, x.outer, c0, c1, 0, x.inner);
     });
     return;
   }
@@ -449,8 +513,9 @@ void forward_rows(const Work& work, bool training) {
 
 void forward_columns(const Work& work, bool training) {
   const auto& kernels = batch_norm_kernels();
+  const bool draws = work.chunks_draw(training);
   if (training) {
-    work.for_chunks(kernels.column_statistics[work.type]);
+    work.for_chunks(draws, kernels.column_statistics[work.type]);
     if (!kernels.merge_columns(work.parts, work.counts, work.channels.mean, work.channels.var)) {
       for (int64_t c = 0; c < work.x.channels; ++c) {
         settle(work, c);
@@ -464,7 +529,8 @@ void forward_columns(const Work& work, bool training) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
     const Tensor& input, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
     std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-    bool training, double eps, double slope) {
+    bool training, double eps, double slope, std::optional<Tensor> seed, int64_t threshold,
+    double drop_scale, int64_t sample_offset) {
   STD_TORCH_CHECK(input.dim() >= 2, "batch_norm: x must be (N, C, ...), got ", input.dim(),
                   " dimension(s)");
   const DataType type = data_type_of(input);
@@ -475,7 +541,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
   Tensor mean = new_vector(layout.channels, ScalarType::Double);
   Tensor var = new_vector(layout.channels, ScalarType::Double);
   Tensor y = new_like(x);
-  Work work(x, layout, type, weight, bias);
+  Work work(x, layout, type, weight, bias, {seed, threshold, drop_scale, sample_offset});
   work.channels.eps = eps;
   work.channels.mean = static_cast<double*>(mean.data_ptr());
   work.channels.var = static_cast<double*>(var.data_ptr());
@@ -542,17 +608,21 @@ void backward_rows(const Work& work, bool want_sums, bool want_x) {
     }
     work.set_backward(c0, c1);
   };
-  if (want_sums && plan.one_task_a_tile()) {
+  const bool is_whole = want_sums && plan.one_task_a_tile();
+  const bool draws = work.tiles_draw(is_whole, plan.tile);
+  if (is_whole) {
     parallel_tasks(plan.tiles, elements, [&](int64_t t) {
+      const int64_t c0 = t * plan.tile, c1 = std::min(c0 + plan.tile, x.channels);
+      if (draws) {
+        work.draw_tile(c0, c1);
+      }
       std::vector<GradientSums> parts(static_cast<size_t>(plan.groups * plan.tile));
       for (int64_t g = 0; g < plan.groups; ++g) {
         sum(t, g, parts.data() + g * plan.tile);
       }
       settle_tile(t, parts.data());
       if (want_x) {
-        const int64_t c0 = t * plan.tile;
-        kernels.row_gradients[type](args, 0, x.outer, c0, std::min(c0 + plan.tile, x.channels), 0,
-                                    x.inner);
+        kernels.row_gradients[type](args, 0, x.outer, c0, c1, 0, x.inner);
       }
     });
     return;
@@ -579,8 +649,9 @@ void backward_rows(const Work& work, bool want_sums, bool want_x) {
 
 void backward_columns(const Work& work, bool want_sums, bool want_x) {
   const auto& kernels = batch_norm_kernels();
+  const bool draws = work.chunks_draw(want_sums);
   if (want_sums) {
-    work.for_chunks(kernels.column_gradient_sums[work.type]);
+    work.for_chunks(draws, kernels.column_gradient_sums[work.type]);
     kernels.add_columns(work.parts, work.first, work.second);
   }
   work.set_backward(0, work.x.channels);
@@ -592,13 +663,14 @@ void backward_columns(const Work& work, bool want_sums, bool want_x) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_cpu(
     const Tensor& grad, const Tensor& input, const Tensor& mean, const Tensor& var,
     std::optional<Tensor> weight, std::optional<Tensor> bias, const Tensor& positive, bool training,
-    double eps, double slope, bool need_x, bool need_vectors, bool need_residual) {
+    double eps, double slope, bool need_x, bool need_vectors, bool need_residual,
+    std::optional<Tensor> seed, int64_t threshold, double drop_scale, int64_t sample_offset) {
   const DataType type = data_type_of(input);
   const Tensor x = layout_of(input).is_dense ? input : in_layout_of(input, empty_like(input));
   const Tensor grad_y = in_layout_of(grad, x);
   const Layout layout = layout_of(x);
   const int64_t count = layout.channels;
-  Work work(x, layout, type, weight, bias);
+  Work work(x, layout, type, weight, bias, {seed, threshold, drop_scale, sample_offset});
   work.channels.eps = eps;
   std::vector<double> copies;
   const auto doubles = [&](const Tensor& vector, int64_t at, const char* name) {

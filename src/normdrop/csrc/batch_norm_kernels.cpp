@@ -3,8 +3,8 @@
 //   forward    y_hat = (x - mean) * invstd * weight + bias, computed as
 //              y_hat = (x - center) * scale + shift, center being the mean rounded to float,
 //              scale = invstd * weight, shift = bias + (center - mean) * scale;
-//              y = act(y_hat + residual)
-//   backward   g = grad_y * act'(y_hat + residual), which is also residual's gradient,
+//              y = r * act(y_hat + residual) * drop_scale, r being the dropout mask
+//   backward   g = r * grad_y * drop_scale * act'(y_hat + residual), also residual's gradient,
 //              grad_bias = sum g, grad_weight = invstd * sum g * (x - mean),
 //              grad_x = scale * (g - mean(g) - (x - mean) * invstd^2 * mean(g * (x - mean))),
 //              computed as g * scale + (x - center) * grad_slope + grad_shift
@@ -99,8 +99,9 @@ NORMDROP_INLINE int64_t unaligned_head(const T* p, int64_t n, bool tied) {
   return tied || past % sizeof(T) != 0 || head >= n ? -1 : head;
 }
 
-// act(z) = z for z > 0, slope * z elsewhere.
-enum Activation { kIdentity, kRelu, kLeaky };
+// act(z) = z for z > 0, slope * z elsewhere. kDropped is any of them, with dropout after it: there
+// a residual and the bits of the sign, too, are known at run time only, so that one instance does.
+enum Activation { kIdentity, kRelu, kLeaky, kDropped };
 
 template <class T>
 using ChoiceOf = Choice<VectorOf<T>>;
@@ -115,9 +116,46 @@ NORMDROP_INLINE VectorOf<T> bend(VectorOf<T> a, ChoiceOf<T> negative, VectorOf<T
   if constexpr (kAct == kRelu) {
     (void)slope;
     return negative.others().keep(a);
+  } else if constexpr (kAct == kDropped) {  // of infinity, too, a slope of zero makes zero
+    return negative.pick(keep_where((MaskOf<T>)(slope != VectorOf<T>{}), a * slope), a);
   } else {
     return negative.pick(a * slope, a);
   }
+}
+
+// Dropout, after the activation: what is dropped is selected, so infinity and NaN give zero.
+template <class T, Activation kAct>
+struct Dropout {
+  const uint8_t* kept;
+  int64_t first;  // the bit of the span's first element
+  VectorOf<T> scale;
+
+  // Bit k is element i + k, for as many as one round of an unrolled loop takes.
+  NORMDROP_METHOD uint64_t bits(int64_t i) const {
+    if constexpr (kAct != kDropped) {
+      return 0;
+    }
+    const uint64_t index = (uint64_t)(first + i), shift = index % 8;
+    uint64_t result;
+    memcpy(&result, kept + index / 8, 8);
+    result >>= shift;
+    if constexpr (kUnroll * Lanes<T>::width > 56) {
+      result |= (uint64_t)kept[index / 8 + 8] << 1 << (63 - shift);
+    }
+    return result;
+  }
+
+  NORMDROP_METHOD VectorOf<T> apply(VectorOf<T> v, uint64_t bits) const {
+    if constexpr (kAct == kDropped) {
+      return ChoiceOf<T>::of_bits((uint32_t)bits).keep(v * scale);
+    }
+    return v;
+  }
+};
+
+template <class T, Activation kAct>
+NORMDROP_INLINE Dropout<T, kAct> dropout(const BatchNormArgs& args, int64_t at) {
+  return {args.kept, args.kept_first + at, splat<VectorOf<T>>((ScalarOf<T>)args.drop_scale)};
 }
 
 template <class T, Activation kAct, bool kResidual, template <class> class Constants>
@@ -130,36 +168,44 @@ struct Normalize {
   uint8_t* positive;  // of the span's first element, or null
   Constants<T> center, scale, shift;
   V slope;
+  Dropout<T, kAct> dropout;
 
-  NORMDROP_METHOD V activated(V z, uint32_t& bits) const {
+  NORMDROP_METHOD bool has_residual() const {
+    return kResidual && (kAct != kDropped || residual != nullptr);
+  }
+  NORMDROP_METHOD bool has_bits() const {
+    return kHasBits && (kAct != kDropped || positive != nullptr);
+  }
+
+  NORMDROP_METHOD V activated(V z, uint32_t& bits, uint64_t kept) const {
     if constexpr (kAct != kIdentity) {
       const auto negative = ChoiceOf<T>::not_above_zero(z);
       bits = kHasBits ? negative.others().bits() : 0;
-      return bend<T, kAct>(z, negative, slope);
+      return dropout.apply(bend<T, kAct>(z, negative, slope), kept);
     }
     return z;
   }
 
   // Elements [i, i + width): computes y, gives the bits.
   template <bool kStream>
-  NORMDROP_METHOD uint32_t whole(int64_t i) const {
+  NORMDROP_METHOD uint32_t whole(int64_t i, uint64_t kept) const {
     V z = fma(Lanes<T>::load(x + i) - center.at(i), scale.at(i), shift.at(i));
-    if constexpr (kResidual) {
+    if (has_residual()) {
       z += Lanes<T>::load(residual + i);
     }
     uint32_t bits = 0;
-    put<T, kStream>(y + i, activated(z, bits));
+    put<T, kStream>(y + i, activated(z, bits, kept));
     return bits;
   }
 
   // Elements [i, i + n), n < width.
-  NORMDROP_METHOD uint32_t partial(int64_t i, int64_t n) const {
+  NORMDROP_METHOD uint32_t partial(int64_t i, int64_t n, uint64_t kept) const {
     V z = fma(load_first<T>(x + i, n) - center.first(i, n), scale.first(i, n), shift.first(i, n));
-    if constexpr (kResidual) {
+    if (has_residual()) {
       z += load_first<T>(residual + i, n);
     }
     uint32_t bits = 0;
-    store_first<T>(y + i, activated(z, bits), n);
+    store_first<T>(y + i, activated(z, bits, kept), n);
     return bits;
   }
 
@@ -168,12 +214,13 @@ struct Normalize {
   NORMDROP_METHOD int64_t body(int64_t i, int64_t n) const {
     constexpr int64_t W = Lanes<T>::width;
     for (; i + kUnroll * W <= n; i += kUnroll * W) {
+      const uint64_t kept = dropout.bits(i);
       uint64_t bits = 0;
       NORMDROP_UNROLL
       for (int64_t u = 0; u < kUnroll; ++u) {
-        bits |= (uint64_t)whole<kStream>(i + u * W) << (u * W);
+        bits |= (uint64_t)whole<kStream>(i + u * W, kept >> (u * W)) << (u * W);
       }
-      if constexpr (kHasBits) {
+      if (has_bits()) {
         memcpy(positive + i / 8, &bits, kUnroll * W / 8);
       }
     }
@@ -182,25 +229,32 @@ struct Normalize {
 
   NORMDROP_METHOD void span(int64_t n, bool stream) const {
     constexpr int64_t W = Lanes<T>::width;
-    const int64_t head = stream ? unaligned_head(y, n, kHasBits) : -1;
+    const int64_t head = stream ? unaligned_head(y, n, has_bits()) : -1;
     if (head > 0) {
-      partial(0, head);
+      partial(0, head, dropout.bits(0));
     }
     int64_t i = head >= 0 ? body<true>(head, n) : body<false>(0, n);
-    uint64_t bits = 0;
     const int64_t rest = i;
+    const uint64_t kept = dropout.bits(rest);
+    uint64_t bits = 0;
     for (; i + W <= n; i += W) {
-      bits |= (uint64_t)whole<false>(i) << (i - rest);
+      bits |= (uint64_t)whole<false>(i, kept >> (i - rest)) << (i - rest);
     }
     if (i < n) {
-      bits |= (uint64_t)partial(i, n - i) << (i - rest);
+      bits |= (uint64_t)partial(i, n - i, kept >> (i - rest)) << (i - rest);
     }
-    if constexpr (kHasBits) {
+    if (has_bits()) {
       for (int64_t done = rest; done < n; done += 8, bits >>= 8) {
         positive[done / 8] = (uint8_t)bits;
       }
     }
   }
+};
+
+// One bit an element: the sign of what went into the activation, and the dropout mask.
+struct Bits {
+  uint64_t positive, kept;
+  NORMDROP_METHOD Bits operator>>(int64_t n) const { return {positive >> n, kept >> n}; }
 };
 
 template <class T, Activation kAct, bool kBits, template <class> class Constants>
@@ -211,14 +265,20 @@ struct Gradient {
   const uint8_t* positive;
   Constants<T> center, scale, shift;
   V slope;
+  Dropout<T, kAct> dropout;
+
+  NORMDROP_METHOD bool has_bits() const {
+    return kBits && (kAct != kDropped || positive != nullptr);
+  }
 
   // g, and d = x - center, of elements [i, i + width).
-  NORMDROP_METHOD V whole(int64_t i, uint64_t bits, V& d) const {
+  NORMDROP_METHOD V whole(int64_t i, Bits bits, V& d) const {
     d = Lanes<T>::load(x + i) - center.at(i);
-    const V g = Lanes<T>::load(grad_y + i);
-    if constexpr (kBits) {
-      return bend<T, kAct>(g, ChoiceOf<T>::of_bits(~(uint32_t)bits), slope);
-    } else if constexpr (kAct != kIdentity) {
+    const V g = dropout.apply(Lanes<T>::load(grad_y + i), bits.kept);
+    if (has_bits()) {
+      return bend<T, kAct>(g, ChoiceOf<T>::of_bits(~(uint32_t)bits.positive), slope);
+    }
+    if constexpr (kAct != kIdentity) {
       const V z = fma(d, scale.at(i), shift.at(i));
       return bend<T, kAct>(g, ChoiceOf<T>::not_above_zero(z), slope);
     }
@@ -226,32 +286,33 @@ struct Gradient {
   }
 
   // The same of [i, i + n), n < width; zero beyond.
-  NORMDROP_METHOD V partial(int64_t i, int64_t n, uint64_t bits, V& d) const {
+  NORMDROP_METHOD V partial(int64_t i, int64_t n, Bits bits, V& d) const {
     d = keep_where(first_lanes<MaskOf<T>>(n), load_first<T>(x + i, n) - center.first(i, n));
-    const V g = load_first<T>(grad_y + i, n);
-    if constexpr (kBits) {
-      return bend<T, kAct>(g, ChoiceOf<T>::of_bits(~(uint32_t)bits), slope);
-    } else if constexpr (kAct != kIdentity) {
+    const V g = dropout.apply(load_first<T>(grad_y + i, n), bits.kept);
+    if (has_bits()) {
+      return bend<T, kAct>(g, ChoiceOf<T>::of_bits(~(uint32_t)bits.positive), slope);
+    }
+    if constexpr (kAct != kIdentity) {
       const V z = fma(d, scale.first(i, n), shift.first(i, n));
       return bend<T, kAct>(g, ChoiceOf<T>::not_above_zero(z), slope);
     }
     return g;
   }
 
-  // The bits of elements [i, i + n), n <= 64, i divisible by 8.
-  NORMDROP_METHOD uint64_t bits(int64_t i, int64_t n) const {
-    uint64_t result = 0;
-    if constexpr (kBits) {
+  // The bits of elements [i, i + n), n <= 64, i divisible by 8 where there are bits of the sign.
+  NORMDROP_METHOD Bits bits(int64_t i, int64_t n) const {
+    Bits result = {0, dropout.bits(i)};
+    if (has_bits()) {
       for (int64_t byte = 0; byte * 8 < n; ++byte) {
-        result |= (uint64_t)positive[i / 8 + byte] << (8 * byte);
+        result.positive |= (uint64_t)positive[i / 8 + byte] << (8 * byte);
       }
     }
     return result;
   }
-  NORMDROP_METHOD uint64_t unrolled_bits(int64_t i) const {
-    uint64_t result = 0;
-    if constexpr (kBits) {
-      memcpy(&result, positive + i / 8, kUnroll * Lanes<T>::width / 8);
+  NORMDROP_METHOD Bits unrolled_bits(int64_t i) const {
+    Bits result = {0, dropout.bits(i)};
+    if (has_bits()) {
+      memcpy(&result.positive, positive + i / 8, kUnroll * Lanes<T>::width / 8);
     }
     return result;
   }
@@ -267,7 +328,7 @@ struct GradientX {
   MaskOf<T> training;  // in evaluation an infinite x must not reach the gradient
 
   template <bool kStream>
-  NORMDROP_METHOD void whole(int64_t i, uint64_t bits) const {
+  NORMDROP_METHOD void whole(int64_t i, Bits bits) const {
     V d;
     const V g = gradient.whole(i, bits, d);
     const V inner = fma(keep_where(training, d), grad_slope.at(i), grad_shift.at(i));
@@ -277,7 +338,7 @@ struct GradientX {
     }
   }
 
-  NORMDROP_METHOD void partial(int64_t i, int64_t n, uint64_t bits) const {
+  NORMDROP_METHOD void partial(int64_t i, int64_t n, Bits bits) const {
     V d;
     const V g = gradient.partial(i, n, bits, d);
     const V inner = fma(keep_where(training, d), grad_slope.first(i, n), grad_shift.first(i, n));
@@ -291,7 +352,7 @@ struct GradientX {
   NORMDROP_METHOD int64_t body(int64_t i, int64_t n) const {
     constexpr int64_t W = Lanes<T>::width;
     for (; i + kUnroll * W <= n; i += kUnroll * W) {
-      const uint64_t bits = gradient.unrolled_bits(i);
+      const Bits bits = gradient.unrolled_bits(i);
       NORMDROP_UNROLL
       for (int64_t u = 0; u < kUnroll; ++u) {
         whole<kStream>(i + u * W, bits >> (u * W));
@@ -302,14 +363,14 @@ struct GradientX {
 
   NORMDROP_METHOD void span(int64_t n, bool stream) const {
     constexpr int64_t W = Lanes<T>::width;
-    const bool tied = kBits || grad_residual != nullptr;
+    const bool tied = gradient.has_bits() || grad_residual != nullptr;
     const int64_t head = stream ? unaligned_head(grad_x, n, tied) : -1;
     if (head > 0) {
-      partial(0, head, 0);
+      partial(0, head, gradient.bits(0, head));
     }
     int64_t i = head >= 0 ? body<true>(head, n) : body<false>(0, n);
     const int64_t rest = i;
-    const uint64_t bits = i < n ? gradient.bits(i, n - i) : 0;
+    const Bits bits = gradient.bits(i, n - i);
     for (; i + W <= n; i += W) {
       whole<false>(i, bits >> (i - rest));
     }
@@ -333,16 +394,17 @@ void normalize_rows(const BatchNormArgs& args, int64_t o0, int64_t o1, int64_t c
       const int64_t at = row * args.inner + i0;
       const Normalize<T, kAct, kResidual, Broadcast> work = {
           static_cast<const T*>(args.x) + at,
-          kResidual ? static_cast<const T*>(args.residual) + at : nullptr,
+          args.residual != nullptr ? static_cast<const T*>(args.residual) + at : nullptr,
           static_cast<T*>(args.out) + at,
           args.positive != nullptr ? args.positive + row * bit_bytes(args.inner) + i0 / 8 : nullptr,
           broadcast<T>(args.center, c),
           broadcast<T>(args.scale, c),
           broadcast<T>(args.shift, c),
-          splat<VectorOf<T>>((ScalarOf<T>)args.slope)};
+          splat<VectorOf<T>>((ScalarOf<T>)args.slope),
+          dropout<T, kAct>(args, at)};
       if (o > o0) {
         prefetch_row(work.x - sample, i1 - i0);
-        if constexpr (kResidual) {
+        if (work.has_residual()) {
           prefetch_row(work.residual - sample, i1 - i0);
         }
       }
@@ -359,11 +421,12 @@ NORMDROP_INLINE Gradient<T, kAct, kBits, Broadcast> row_gradient(const BatchNorm
   const int64_t at = row * args.inner + i;
   return {static_cast<const T*>(args.x) + at,
           static_cast<const T*>(args.grad_y) + at,
-          kBits ? args.positive + row * bit_bytes(args.inner) + i / 8 : nullptr,
+          args.positive != nullptr ? args.positive + row * bit_bytes(args.inner) + i / 8 : nullptr,
           broadcast<T>(args.center, c),
           broadcast<T>(args.scale, c),
           broadcast<T>(args.shift, c),
-          splat<VectorOf<T>>((ScalarOf<T>)args.slope)};
+          splat<VectorOf<T>>((ScalarOf<T>)args.slope),
+          dropout<T, kAct>(args, at)};
 }
 
 template <class T, Activation kAct, bool kBits>
@@ -605,7 +668,7 @@ NORMDROP_INLINE void sum_gradient(const Source& source, int64_t n, VectorOf<T>& 
   int64_t i = 0;
   V d;
   for (; i + kUnroll * W <= n; i += kUnroll * W) {
-    const uint64_t bits = source.unrolled_bits(i);
+    const Bits bits = source.unrolled_bits(i);
     NORMDROP_UNROLL
     for (int64_t u = 0; u < kUnroll; ++u) {
       const V g = source.whole(i + u * W, bits >> (u * W), d);
@@ -614,7 +677,7 @@ NORMDROP_INLINE void sum_gradient(const Source& source, int64_t n, VectorOf<T>& 
     }
   }
   const int64_t rest = i;
-  const uint64_t bits = i < n ? source.bits(i, n - i) : 0;
+  const Bits bits = source.bits(i, n - i);
   for (; i + W <= n; i += W) {
     const V g = source.whole(i, bits >> (i - rest), d);
     g_sum[0] += g;
@@ -729,13 +792,14 @@ void normalize_columns(const BatchNormArgs& args, int64_t m0, int64_t m1) {
     const int64_t at = m * args.channels;
     const Normalize<T, kAct, kResidual, Columns> work = {
         static_cast<const T*>(args.x) + at,
-        kResidual ? static_cast<const T*>(args.residual) + at : nullptr,
+        args.residual != nullptr ? static_cast<const T*>(args.residual) + at : nullptr,
         static_cast<T*>(args.out) + at,
         args.positive != nullptr ? args.positive + at / 8 : nullptr,
         columns<T>(args.center, 0),
         columns<T>(args.scale, 0),
         columns<T>(args.shift, 0),
-        splat<VectorOf<T>>((ScalarOf<T>)args.slope)};
+        splat<VectorOf<T>>((ScalarOf<T>)args.slope),
+        dropout<T, kAct>(args, at)};
     work.span(args.channels, args.stream);
   });
 }
@@ -745,11 +809,12 @@ NORMDROP_INLINE Gradient<T, kAct, kBits, Columns> column_gradient(const BatchNor
                                                                   int64_t at) {
   return {static_cast<const T*>(args.x) + at,
           static_cast<const T*>(args.grad_y) + at,
-          kBits ? args.positive + at / 8 : nullptr,
+          args.positive != nullptr ? args.positive + at / 8 : nullptr,
           columns<T>(args.center, 0),
           columns<T>(args.scale, 0),
           columns<T>(args.shift, 0),
-          splat<VectorOf<T>>((ScalarOf<T>)args.slope)};
+          splat<VectorOf<T>>((ScalarOf<T>)args.slope),
+          dropout<T, kAct>(args, at)};
 }
 
 template <class T, Activation kAct, bool kBits>
@@ -773,33 +838,41 @@ struct GradientUnit {
   using V = VectorOf<T>;
   static constexpr int64_t W = Lanes<T>::width, U = kUnit<T>;
   V slope, center[U / W], scale[U / W], shift[U / W];
+  Dropout<T, kAct> dropout;
+
+  NORMDROP_METHOD bool has_bits(const BatchNormArgs& args) const {
+    return kBits && (kAct != kDropped || args.positive != nullptr);
+  }
 
   NORMDROP_METHOD void load(const BatchNormArgs& args, int64_t c) {
     NORMDROP_UNROLL
     for (int64_t u = 0; u < U / W; ++u) {
       center[u] = columns<T>(args.center, c).at(u * W);
       scale[u] = columns<T>(args.scale, c).at(u * W);
-      if constexpr (kAct != kIdentity && !kBits) {
+      if constexpr (kAct != kIdentity && (!kBits || kAct == kDropped)) {
         shift[u] = columns<T>(args.shift, c).at(u * W);
       }
     }
   }
 
   // The bits of the unit that begins with element i.
-  NORMDROP_METHOD uint32_t bits(const BatchNormArgs& args, int64_t i) const {
-    uint32_t result = 0;
-    if constexpr (kBits) {
-      memcpy(&result, args.positive + i / 8, U / 8);
+  NORMDROP_METHOD Bits bits(const BatchNormArgs& args, int64_t i) const {
+    Bits result = {0, dropout.bits(i)};
+    if (has_bits(args)) {
+      memcpy(&result.positive, args.positive + i / 8, U / 8);
     }
     return result;
   }
 
-  NORMDROP_METHOD V g(const BatchNormArgs& args, int64_t i, int64_t u, uint32_t bits, V& d) const {
+  NORMDROP_METHOD V g(const BatchNormArgs& args, int64_t i, int64_t u, Bits bits, V& d) const {
     d = Lanes<T>::load(static_cast<const T*>(args.x) + i + u * W) - center[u];
-    const V grad_y = Lanes<T>::load(static_cast<const T*>(args.grad_y) + i + u * W);
-    if constexpr (kBits) {
-      return bend<T, kAct>(grad_y, ChoiceOf<T>::of_bits(~(bits >> (u * W))), slope);
-    } else if constexpr (kAct != kIdentity) {
+    const V grad_y = dropout.apply(
+        Lanes<T>::load(static_cast<const T*>(args.grad_y) + i + u * W), bits.kept >> (u * W));
+    if (has_bits(args)) {
+      const uint32_t negative = ~(uint32_t)(bits.positive >> (u * W));
+      return bend<T, kAct>(grad_y, ChoiceOf<T>::of_bits(negative), slope);
+    }
+    if constexpr (kAct != kIdentity) {
       return bend<T, kAct>(grad_y, ChoiceOf<T>::not_above_zero(fma(d, scale[u], shift[u])), slope);
     }
     return grad_y;
@@ -970,7 +1043,7 @@ NORMDROP_INLINE void flat_gradient_sums(const BatchNormArgs& args, int64_t at, i
       NORMDROP_UNROLL
       for (int64_t u = 0; u < N; ++u) {
         const int64_t first = u / kUnroll * kUnroll;
-        const uint64_t bits = source.unrolled_bits(first * W) >> ((u - first) * W);
+        const Bits bits = source.unrolled_bits(first * W) >> ((u - first) * W);
         V d;
         const V g = source.whole(u * W, bits, d);
         sum[u] += g;
@@ -1011,6 +1084,7 @@ void gradient_sums_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, do
   alignas(64) Scalar block_g[kStrip], block_gx[kStrip];
   Unit unit;
   unit.slope = splat<V>((Scalar)args.slope);
+  unit.dropout = dropout<T, kAct>(args, 0);
   const bool flat = is_flat<T>(args);
   const int64_t step = flat ? kFlat<T> : kStrip;
   for (int64_t strip = 0; strip < args.channels; strip += step) {
@@ -1035,7 +1109,7 @@ void gradient_sums_columns(const BatchNormArgs& args, int64_t m0, int64_t m1, do
               const int64_t ahead = i + kRowsAhead * args.channels;
               prefetch_second_level(static_cast<const T*>(args.x) + ahead);
               prefetch_second_level(static_cast<const T*>(args.grad_y) + ahead);
-              const uint32_t bits = unit.bits(args, i);
+              const Bits bits = unit.bits(args, i);
               NORMDROP_UNROLL
               for (int64_t u = 0; u < U / W; ++u) {
                 V d;
@@ -1207,7 +1281,9 @@ void exact_statistics(const BatchNormArgs& args, int64_t c, Moments* result) {
                            : function<T, kLeaky, with>(args, __VA_ARGS__);
 
 #define NORMDROP_CHOOSE_NORMALIZE(function, ...)  \
-  if (args.residual != nullptr) {                 \
+  if (args.kept != nullptr) {                     \
+    return function<T, kDropped, true>(args, __VA_ARGS__); \
+  } else if (args.residual != nullptr) {                 \
     NORMDROP_CHOOSE(function, true, __VA_ARGS__)  \
   } else {                                        \
     NORMDROP_CHOOSE(function, false, __VA_ARGS__) \
@@ -1215,7 +1291,9 @@ void exact_statistics(const BatchNormArgs& args, int64_t c, Moments* result) {
 
 // The identity leaves no bits.
 #define NORMDROP_CHOOSE_GRADIENT(function, ...)                              \
-  if (args.positive != nullptr) {                                            \
+  if (args.kept != nullptr) {                                                \
+    return function<T, kDropped, true>(args, __VA_ARGS__);                   \
+  } else if (args.positive != nullptr) {                                            \
     return args.slope == 0.0 ? function<T, kRelu, true>(args, __VA_ARGS__)   \
                              : function<T, kLeaky, true>(args, __VA_ARGS__); \
   } else {                                                                   \

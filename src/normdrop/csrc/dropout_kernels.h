@@ -46,6 +46,10 @@ struct DropoutKernels {
   // of all blocks have the same high half. Units have kBlockPositions positions.
   void (*transposed_blocks)(const DropoutWork&, const KeepRule&, uint64_t first,
                             const DropoutDim* dims, int64_t begin, int64_t end);
+  // The mask's bits for channels_last: unit number u, of kBlockPositions positions, begins with bit
+  // 8 * channels * u. The conditions of transposed_blocks hold, and channels is a multiple of 8.
+  void (*transposed_bits)(const KeepRule&, uint64_t first, int64_t channels, int64_t positions,
+                          int64_t begin, int64_t end, uint8_t* bits);
 };
 
 constexpr int64_t kBlockPositions = 8;

@@ -52,6 +52,19 @@ inline Layout layout_of(const Tensor& x) {
   return layout;
 }
 
+// The channels of a position beside each other, positions and samples in their own order.
+inline bool is_channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    const int64_t d = i == 0 ? 1 : i == x.dim() - 1 ? 0 : x.dim() - i;
+    if (x.size(d) != 1 && x.stride(d) != expected) {
+      return false;
+    }
+    expected *= x.size(d);
+  }
+  return true;
+}
+
 inline bool has_same_layout(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) {
     return false;

@@ -12,15 +12,18 @@ STABLE_TORCH_LIBRARY(normdrop, m) {
   // act(z) = z for z > 0 and slope * z elsewhere: slope 1 is the identity, 0 is ReLU. In training
   // mean and var are the batch's, var biased; else they are running_mean and running_var. Both
   // are given back in float64. `positive` has one bit an element, the sign of what went into the
-  // activation, where backward cannot work it out from x alone; else it is empty.
+  // activation, where backward cannot work it out from x alone; else it is empty. With a seed, y is
+  // dropped out with dropout's mask and multiplied by drop_scale where it is kept.
   m.def(
       "batch_norm(Tensor x, Tensor? running_mean, Tensor? running_var, Tensor? weight, "
-      "Tensor? bias, Tensor? residual, bool training, float eps, float slope) "
+      "Tensor? bias, Tensor? residual, bool training, float eps, float slope, "
+      "Tensor? seed=None, int threshold=4294967296, float drop_scale=1.0, SymInt sample_offset=0) "
       "-> (Tensor y, Tensor mean, Tensor var, Tensor positive)");
   m.def(
       "batch_norm_backward(Tensor grad_y, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
       "Tensor? bias, Tensor positive, bool training, float eps, float slope, bool need_x, "
-      "bool need_vectors, bool need_residual) "
+      "bool need_vectors, bool need_residual, "
+      "Tensor? seed=None, int threshold=4294967296, float drop_scale=1.0, SymInt sample_offset=0) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
   // r <- (1 - momentum) r + momentum * batch, with the unbiased variance n / (n - 1) * var.
   // nonfinite: 0 propagates, 1 skips the update, 2 raises.

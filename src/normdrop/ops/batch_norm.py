@@ -1,7 +1,8 @@
 """Batch normalization with what follows it: residual addition, activation, dropout.
 
 The kernel saves x and per-channel vectors for backward. The activation's sign is worked out again
-from x; where a residual was added, one bit an element is kept instead.
+from x; where a residual was added, one bit an element is kept instead. The dropout mask is drawn
+again from its seed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.autograd import forward_ad
 
 from normdrop.ops import dropout as dropout_ops
 from normdrop.ops import has_kernels, recompute, reference
+from normdrop.ops.random import keep_mask
 
 __all__ = ["batch_norm"]
 
@@ -28,6 +30,9 @@ _HALF = (torch.bfloat16, torch.float16)
 
 _SMALL = 16384
 """Elements up to which torch's own operator is as fast: the call is all that counts."""
+
+Drop = tuple[()] | tuple[Tensor, int, float, int]
+"""The kernel's last arguments: seed, threshold, drop_scale and sample_offset, or no dropout."""
 
 
 def batch_norm(
@@ -47,27 +52,29 @@ def batch_norm(
     nonfinite: str,
 ) -> Tensor:
     """y = dropout(activation(BN(x) + residual)); training says whose statistics are used."""
+    drop: Drop = ()
+    if keep < 1.0 and seed is not None:
+        if sample_offset < 0:
+            raise ValueError(f"batch_norm: sample_offset must not be negative, got {sample_offset}")
+        drop = (seed, reference.keep_threshold(keep), 1.0 / keep if keep else 0.0, sample_offset)
     # The compiler is asked first: it would compile once more for the small.
     if not torch.compiler.is_compiling() and x.numel() <= _SMALL and nonfinite == "propagate":
         y = _torch(x, running_mean, running_var, weight, bias, training, momentum, eps)
-        y = _finish(y, residual, activation)
-    else:
-        y = kernel_or_plain(
-            x,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual,
-            activation,
-            nonfinite,
-        )
-    if keep < 1.0 and seed is not None:
-        y = dropout_ops.dropout(y, keep, 1.0 / keep if keep else 0.0, seed, sample_offset)
-    return y
+        return _finish(y, residual, activation, drop)
+    return kernel_or_plain(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        residual,
+        activation,
+        nonfinite,
+        drop,
+    )
 
 
 def kernel_or_plain(
@@ -82,11 +89,12 @@ def kernel_or_plain(
     residual: Tensor | None,
     activation: str | None,
     nonfinite: str,
+    drop: Drop = (),
 ) -> Tensor:
-    """y = activation(BN(x) + residual), by the kernel wherever there is one."""
+    """y = dropout(activation(BN(x) + residual)), by the kernel wherever there is one."""
     if not _takes_kernel(x, running_mean, running_var, weight, bias, training, eps):
         y = _plain(x, running_mean, running_var, weight, bias, training, momentum, eps, nonfinite)
-        return _finish(y, residual, activation)
+        return _finish(y, residual, activation, drop)
     if not _is_ordered(x):
         x = x.contiguous()  # as is torch's result
     slope = SLOPES.get(activation)
@@ -105,14 +113,20 @@ def kernel_or_plain(
         eps,
         1.0 if slope is None else slope,
         NONFINITE[nonfinite],
+        () if slope is None else drop,
     )
-    return reference.activate(y, activation) if slope is None else y
+    return _finish(y, None, activation, drop) if slope is None else y
 
 
-def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+def _finish(y: Tensor, residual: Tensor | None, activation: str | None, drop: Drop) -> Tensor:
     if residual is not None:
         y = y + residual
-    return y if activation is None else reference.activate(y, activation)
+    if activation is not None:
+        y = reference.activate(y, activation)
+    if drop:
+        seed, threshold, scale, sample_offset = drop
+        y = dropout_ops.drop(y, seed, (threshold, scale, 0.0, 0.0, sample_offset, ()))
+    return y
 
 
 def _takes_kernel(
@@ -223,6 +237,7 @@ def _traced(
     eps: float,
     slope: float,
     nonfinite: int,
+    drop: Drop,
 ) -> Tensor:
     """The operators as torch.compile and torch.export see them."""
     y, mean, var, _ = torch.ops.normdrop.batch_norm.default(
@@ -235,6 +250,7 @@ def _traced(
         training,
         eps,
         slope,
+        *drop,
     )
     if training:
         _update(running_mean, running_var, x, mean, var, momentum, nonfinite)
@@ -281,11 +297,12 @@ def _again(
     residual: Tensor | None,
     eps: float,
     slope: float,
+    drop: Drop,
 ) -> tuple[Tensor, ...]:
     """The bits of y once more, from the statistics of the first time."""
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.normdrop.batch_norm.default(  # type: ignore[no-any-return]
-            x, mean, var, weight, bias, residual, False, eps, slope
+            x, mean, var, weight, bias, residual, False, eps, slope, *drop
         )[:1]
 
 
@@ -304,6 +321,7 @@ class _Eager(torch.autograd.Function):
         eps: float,
         slope: float,
         nonfinite: int,
+        drop: Drop,
     ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, var, positive = torch.ops.normdrop.batch_norm.default(
@@ -316,17 +334,18 @@ class _Eager(torch.autograd.Function):
                 training,
                 eps,
                 slope,
+                *drop,
             )
             if training:
                 _update(running_mean, running_var, x, mean, var, momentum, nonfinite)
         if ctx is not None:
-            ctx.save_for_backward(x, mean, var, weight, bias, positive)
-            ctx.training, ctx.eps, ctx.slope = training, eps, slope
+            ctx.save_for_backward(x, mean, var, weight, bias, positive, *drop[:1])
+            ctx.training, ctx.eps, ctx.slope, ctx.drop = training, eps, slope, drop[1:]
             ctx.set_materialize_grads(False)
             recorder = recompute.active()
             if recorder is not None:
                 vectors = (mean, var, weight, bias)
-                recorder.note(y, _again, (x, *vectors), (residual,), (eps, slope))
+                recorder.note(y, _again, (x, *vectors), (residual,), (eps, slope, drop))
         return cast(Tensor, y)
 
     @staticmethod
@@ -334,7 +353,7 @@ class _Eager(torch.autograd.Function):
         need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
         grads = _gradients(ctx, grad_y, need_x, need_weight, need_bias, need_residual)
         grad_x, grad_weight, grad_bias, grad_residual = grads
-        return (grad_x, None, None, grad_weight, grad_bias, grad_residual, *(None,) * 5)
+        return (grad_x, None, None, grad_weight, grad_bias, grad_residual, *(None,) * 6)
 
 
 # ---- Fake kernels: shapes, types and layouts only ----------------------------------------------
@@ -350,6 +369,10 @@ def _batch_norm_fake(
     training: bool,
     eps: float,
     slope: float,
+    seed: Tensor | None = None,
+    threshold: int = 2**32,
+    drop_scale: float = 1.0,
+    sample_offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     vector = x.new_empty((x.shape[1],), dtype=torch.float64)
     has_bits = residual is not None and slope != 1.0
@@ -372,6 +395,10 @@ def _batch_norm_backward_fake(
     need_x: bool,
     need_vectors: bool,
     need_residual: bool,
+    seed: Tensor | None = None,
+    threshold: int = 2**32,
+    drop_scale: float = 1.0,
+    sample_offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plain = torch.float64 if x.dtype == torch.float64 else torch.float32
     size = (x.shape[1] if need_vectors else 0,)
@@ -399,10 +426,11 @@ def _batch_norm_update_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, _, weight, bias, _, training, eps, slope = inputs
+    x, _, _, weight, bias, _, training, eps, slope, seed, *drop = inputs
     _, mean, var, positive = output
-    ctx.save_for_backward(x, mean, var, weight, bias, positive)
-    ctx.training, ctx.eps, ctx.slope = training, eps, slope
+    seeds = () if seed is None else (seed,)
+    ctx.save_for_backward(x, mean, var, weight, bias, positive, *seeds)
+    ctx.training, ctx.eps, ctx.slope, ctx.drop = training, eps, slope, drop if seeds else ()
     ctx.mark_non_differentiable(mean, var, positive)
     ctx.set_materialize_grads(False)
 
@@ -411,7 +439,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
     grads = _gradients(ctx, grad_y, need_x, need_weight, need_bias, need_residual)
     grad_x, grad_weight, grad_bias, grad_residual = grads
-    return (grad_x, None, None, grad_weight, grad_bias, grad_residual, None, None, None)
+    return (grad_x, None, None, grad_weight, grad_bias, grad_residual, *(None,) * 7)
 
 
 def _gradients(
@@ -424,7 +452,8 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     if grad_y is None:
         return None, None, None, None
-    x, mean, var, weight, bias, positive = ctx.saved_tensors
+    x, mean, var, weight, bias, positive, *seeds = ctx.saved_tensors
+    is_plain = ctx.slope == 1.0 and not seeds  # then the residual's gradient is that of y
     # With create_graph the operator is differentiated in turn; else its formula need not be found.
     again = torch.is_grad_enabled()
     with nullcontext() if again else torch._C._AutoDispatchBelowAutograd():
@@ -441,13 +470,15 @@ def _gradients(
             ctx.slope,
             need_x,
             need_weight or need_bias,
-            need_residual and ctx.slope != 1.0,
+            need_residual and not is_plain,
+            *seeds,
+            *ctx.drop,
         )
     return (
         grads[0] if need_x else None,
         grads[1] if need_weight else None,
         grads[2] if need_bias else None,
-        (grad_y if ctx.slope == 1.0 else grads[3]) if need_residual else None,
+        (grad_y if is_plain else grads[3]) if need_residual else None,
     )
 
 
@@ -455,15 +486,16 @@ def _gradients(
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_y, x, mean, var, weight, bias, positive, training, eps, slope, *_ = inputs
-    ctx.save_for_backward(grad_y, x, mean, var, weight, bias, positive)
-    ctx.training, ctx.eps, ctx.slope = training, eps, slope
+    grad_y, x, mean, var, weight, bias, positive, training, eps, slope = inputs[:10]
+    seed, *drop = inputs[13:]
+    ctx.save_for_backward(grad_y, x, mean, var, weight, bias, positive, seed)
+    ctx.training, ctx.eps, ctx.slope, ctx.drop = training, eps, slope, drop
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    mean, var, positive = saved[2], saved[3], saved[6]
+    mean, var, positive, seed = saved[2], saved[3], *saved[6:]
     with torch.enable_grad():
         grad_y, x = _differentiable(saved[0]), _differentiable(saved[1])
         weight, bias = (None if t is None else _differentiable(t) for t in saved[4:6])
@@ -472,6 +504,10 @@ def _backward_of_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
         wide = torch.promote_types(x.dtype, torch.float32)
         y = reference.batch_norm(x, mean.to(wide), var.to(wide), weight, bias, ctx.eps)
         g = grad_y
+        if seed is not None:
+            threshold, scale, sample_offset = ctx.drop
+            mask = keep_mask(tuple(x.shape), threshold, seed, sample_offset)
+            g = reference.dropout(g, mask, scale)
         if ctx.slope != 1.0:
             is_positive = unpack_bits(positive, x) if positive.numel() else ~(y <= 0)
             g = torch.where(is_positive, g, ctx.slope * g)
@@ -488,7 +524,7 @@ def _backward_of_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
             if is_there and grad is not None and grad.numel()
         ]
     if not pairs:
-        return (None,) * 13
+        return (None,) * 17
     second = iter(
         torch.autograd.grad(
             [output for output, _ in pairs],
@@ -500,7 +536,7 @@ def _backward_of_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     )
     gg_y, gg_x = next(second), next(second)
     gg_weight, gg_bias = (None if t is None else next(second) for t in (weight, bias))
-    return (gg_y, gg_x, None, None, gg_weight, gg_bias, *(None,) * 7)
+    return (gg_y, gg_x, None, None, gg_weight, gg_bias, *(None,) * 11)
 
 
 def _differentiable(t: Tensor) -> Tensor:

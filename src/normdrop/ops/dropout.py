@@ -74,7 +74,7 @@ def _draw_and_drop(
         z = _drop_by_torch(x, keep, coefficients, shared_dims)
         return x.copy_(z) if inplace else z
     rule = (threshold, *coefficients, sample_offset, shared_dims)
-    return _drop(x, make_seed(x, seed, generator), rule, inplace)
+    return drop(x, make_seed(x, seed, generator), rule, inplace)
 
 
 def _check_input(x: Tensor, sample_offset: int) -> None:
@@ -109,7 +109,8 @@ def _has_kernel(x: Tensor) -> bool:
     )
 
 
-def _drop(x: Tensor, seed: Tensor, rule: Rule, inplace: bool = False) -> Tensor:
+def drop(x: Tensor, seed: Tensor, rule: Rule, inplace: bool = False) -> Tensor:
+    """The dropout of this seed and rule, by the kernel wherever there is one."""
     if not _has_kernel(x):
         threshold, scale, shift, fill, sample_offset, shared_dims = rule
         shape = tuple(1 if d in shared_dims else size for d, size in enumerate(x.shape))
@@ -182,7 +183,7 @@ class _Dropout(torch.autograd.Function):
         rule = _gradient_rule(ctx.rule)
         if torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched=True
             return torch.ops.normdrop.dropout.default(grad, seed, *rule), None, None, None
-        return _drop(grad, seed, rule), None, None, None
+        return drop(grad, seed, rule), None, None, None
 
 
 def _fake(
@@ -210,7 +211,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # ∂L/∂x_i = scale · r_i · ∂L/∂z_i: the same mask, drawn again.
-    return (_drop(grad, ctx.saved_tensors[0], _gradient_rule(ctx.rule)), *[None] * 7)
+    return (drop(grad, ctx.saved_tensors[0], _gradient_rule(ctx.rule)), *[None] * 7)
 
 
 if has_kernels():
