@@ -10,6 +10,7 @@ batch_norm,        contiguous: x + y                           x, ∂y + ∂x   
 with ReLU or not   channels_last: x, again x + y               x, ∂y, again x, ∂y + ∂x     4
 add                contiguous: x, residual + y                 x, ∂y + ∂x, ∂residual       3.5
                    channels_last: x, again x, residual + y     again x, ∂y: two more       5
+with dropout       as without it: the mask is not in memory    as without it               2.5, 4
 dropout            x + y                                       ∂y + ∂x                     2
 =================  ==========================================  ==========================  ======
 
@@ -213,6 +214,13 @@ OPERATORS = (
         lambda shape: our_norm(shape, "relu"),
         BATCH_NORM_ADD,
         inputs=2,
+    ),
+    Operator(
+        "batch_norm+relu+dropout",
+        "BN+ReLU+dropout 0.5",
+        TorchReLUDropout,
+        OurReLUDropout,
+        BATCH_NORM,
     ),
     Operator(
         "dropout",

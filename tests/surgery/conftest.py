@@ -71,9 +71,11 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, str | None]
     calls: list[tuple[bool, str | None]] = []
     normalize = _BatchNorm.normalize
 
-    def spy(self: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    def spy(
+        self: Any, x: Tensor, residual: Tensor | None, activation: str | None, *keep: float
+    ) -> Tensor:
         calls.append((residual is not None, activation))
-        return normalize(self, x, residual, activation)
+        return normalize(self, x, residual, activation, *keep)
 
     monkeypatch.setattr(_BatchNorm, "normalize", spy)
     return calls

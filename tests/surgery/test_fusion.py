@@ -151,6 +151,61 @@ def test_dropout_after_the_activation_is_part_of_it(convert_checked, fused_calls
     assert 0.45 < (model(images) != 0).sum() / (whole != 0).sum() < 0.55
 
 
+@pytest.mark.skipif(not normdrop.has_kernels(), reason="there is no operator")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_dropout_in_training_is_in_the_same_operator(layout):
+    block = Block(lambda m, y, x: m.drop(m.relu(y + x)), drop=nn.Dropout(0.3))
+    model = normdrop.convert(spread(block).to(memory_format=layout))
+    x = torch.randn(16, 3, 24, 24).to(memory_format=layout).requires_grad_()
+
+    def run():
+        torch.manual_seed(5)
+        with torch.profiler.profile() as profile:
+            y = model(x)
+            grads = torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
+        events = [
+            e.name.removeprefix("normdrop::") for e in profile.events() if "normdrop" in e.name
+        ]
+        return events, (y, *grads)
+
+    events, results = run()
+    assert events == ["batch_norm", "batch_norm_update", "batch_norm_backward"]
+    # A module of another class, though it does the same, is called on its own.
+    model.drop.__class__ = type("Other", (normdrop.nn.Dropout,), {})
+    events, apart = run()
+    assert [name for name in events if name.startswith("dropout")]
+    for one, two in zip(results, apart, strict=True):
+        torch.testing.assert_close(one, two)
+    assert torch.equal(results[0] != 0, apart[0] != 0)
+
+
+@pytest.mark.skipif(not normdrop.has_kernels(), reason="there is no operator")
+@pytest.mark.parametrize("change", ["scaling", "p", "norm in evaluation", "channels"])
+def test_dropout_of_another_kind_is_not_in_the_operator(change, monkeypatch):
+    drop = nn.Dropout2d(0.3) if change == "channels" else nn.Dropout(0.3)
+    block = Block(lambda m, y, x: m.drop(m.relu(y)), drop=drop)
+    model = normdrop.convert(spread(block))
+    if change == "scaling":
+        model.drop.scaling = "test"
+    elif change == "p":
+        model.drop.p = 1.0
+    elif change == "norm in evaluation":
+        model.bn.eval()
+    x = torch.randn(16, 3, 24, 24)
+    calls = []
+    forward = type(model.drop).forward
+    monkeypatch.setattr(
+        type(model.drop), "forward", lambda self, y: calls.append(self) or forward(self, y)
+    )
+    with torch.no_grad():
+        y = model(x)
+        normal = model.relu(model.bn(model.conv(x)))
+    assert calls == [model.drop]
+    kept = y != 0
+    scale = {"scaling": 1.0, "p": 0.0}.get(change, 1 / 0.7)
+    torch.testing.assert_close(y[kept], scale * normal[kept])
+
+
 class Residual(nn.Module):
     """As torchvision writes it: one ReLU for all, the shortcut normalized too."""
 

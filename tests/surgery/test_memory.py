@@ -96,12 +96,22 @@ class Stem(torch.nn.Module):
         return x.mean((2, 3))
 
 
+def dropped() -> torch.nn.Module:
+    """Dropout after every activation, as a part of batch normalization's operator."""
+    layers = []
+    for inputs in (3, 8, 8, 8):
+        layers.append(torch.nn.Conv2d(inputs, 8, 3, padding=1))
+        layers += [torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Dropout(0.3)]
+    return normdrop.convert(torch.nn.Sequential(*layers, torch.nn.Conv2d(8, 1, 3)))
+
+
 NETWORKS = {
     "residual blocks with padded shortcuts": lambda: networks.resnet(8, width=8),
     "bottlenecks": lambda: networks.resnet(50, width=4, stem="small"),
     "pooling": Stem,
     "vgg": lambda: networks.vgg(11, 10, width=4, hidden=16, pool=1, keep_hidden=0.5),
     "dropout": lambda: networks.mlp((3072, 512, 512, 10), keep_hidden=0.5),
+    "dropout in the operator": dropped,
 }
 
 

@@ -19,7 +19,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -27,6 +26,7 @@
 #include "batch_norm_kernels.h"
 #include "layout.h"
 #include "mask.h"
+#include "scratch.h"
 
 namespace normdrop {
 namespace {
@@ -53,67 +53,6 @@ DataType data_type_of(const Tensor& x) {
       return kFloat32;
   }
 }
-
-// Memory for what one call needs besides its results. A thread keeps up to 1 MiB of it: fresh
-// memory of that size is mapped page by page, which took 10 us a call.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : memory_(kept()) {
-    if (bytes > memory_.size || memory_.in_use) {
-      own_ = allocate(bytes);
-      if (bytes > kKept || memory_.in_use) {
-        next_ = own_.get();
-        return;
-      }
-      memory_.bytes = std::move(own_);
-      memory_.size = bytes;
-    }
-    memory_.in_use = is_kept_ = true;
-    next_ = memory_.bytes.get();
-  }
-  ~Scratch() {
-    if (is_kept_) {
-      memory_.in_use = false;
-    }
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  // Bytes of `count` elements; each array begins a cache line, and no two a power of two apart.
-  static size_t bytes_of(int64_t count, size_t size) {
-    return (static_cast<size_t>(count + 8) * size + 63) / 64 * 64 + 320;
-  }
-  template <class T>
-  T* take(int64_t count) {
-    T* result = reinterpret_cast<T*>(next_);
-    next_ += bytes_of(count, sizeof(T));
-    return result;
-  }
-
- private:
-  static constexpr size_t kKept = 1 << 20;
-  struct Free {
-    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{64}); }
-  };
-  using Bytes = std::unique_ptr<std::byte, Free>;
-  struct Memory {
-    Bytes bytes;
-    size_t size = 0;
-    bool in_use = false;
-  };
-  static Bytes allocate(size_t bytes) {
-    return Bytes(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{64})));
-  }
-  static Memory& kept() {
-    thread_local Memory memory;
-    return memory;
-  }
-
-  Memory& memory_;
-  Bytes own_;
-  std::byte* next_ = nullptr;
-  bool is_kept_ = false;
-};
 
 void check_vector(const Tensor& vector, int64_t count, const char* name) {
   STD_TORCH_CHECK(vector.numel() == count, "batch_norm: ", name, " must have ", count,
@@ -187,6 +126,15 @@ class Merged {
  private:
   double count_ = 0.0, origin_ = 0.0, sum_ = 0.0, m2_ = 0.0;
 };
+
+// The dropout mask that follows; without a seed there is none.
+std::optional<Mask> mask_of(const Tensor& x, const std::optional<Tensor>& seed, int64_t threshold,
+                            int64_t sample_offset) {
+  if (!seed.has_value()) {
+    return std::nullopt;
+  }
+  return Mask(x, *seed, threshold, sample_offset);
+}
 
 // ---- Plans: what the tasks are -----------------------------------------------------------------
 
@@ -268,21 +216,6 @@ struct ColumnPlan {
   }
 };
 
-// The operators' arguments for the dropout that follows; no seed is no dropout.
-struct Dropout {
-  const std::optional<Tensor>& seed;
-  int64_t threshold;
-  double scale;
-  int64_t sample_offset;
-
-  std::optional<Mask> mask(const Tensor& x) const {
-    if (!seed.has_value()) {
-      return std::nullopt;
-    }
-    return Mask(x, *seed, threshold, sample_offset);
-  }
-};
-
 // What both operators prepare: the loops' arguments, their constants, the vectors in double.
 struct Work {
   Layout x;
@@ -299,12 +232,12 @@ struct Work {
 
   Work(const Tensor& tensor, const Layout& layout, DataType data_type,
        const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-       const Dropout& dropout)
+       const std::optional<Mask>& drop_mask, double drop_scale)
       : x(layout),
         type(data_type),
         element_size(static_cast<int64_t>(tensor.element_size())),
         plan(layout),
-        mask(dropout.mask(tensor)),
+        mask(drop_mask),
         scratch(bytes()) {
     args.outer = x.outer;
     args.channels = args.period = x.channels;
@@ -337,7 +270,7 @@ struct Work {
       mask->set_memory(scratch.take<uint64_t>(mask->words()));
       args.kept = mask->bits();
       args.kept_first = mask->first_bit();
-      args.drop_scale = dropout.scale;
+      args.drop_scale = drop_scale;
     }
   }
 
@@ -368,9 +301,7 @@ struct Work {
   bool tiles_draw(bool can, int64_t tile) const {
     return tasks_draw(can && x.channels * x.inner % 64 == 0, tile * x.inner);
   }
-  bool chunks_draw(bool can) const {
-    return tasks_draw(can && plan.rows > 0, 8 * length());
-  }
+  bool chunks_draw(bool can) const { return tasks_draw(can && plan.rows > 0, 8 * length()); }
   void draw_tile(int64_t c0, int64_t c1) const {
     for (int64_t o = 0; o < x.outer; ++o) {
       mask->draw((o * x.channels + c0) * x.inner, (o * x.channels + c1) * x.inner);
@@ -541,7 +472,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
   Tensor mean = new_vector(layout.channels, ScalarType::Double);
   Tensor var = new_vector(layout.channels, ScalarType::Double);
   Tensor y = new_like(x);
-  Work work(x, layout, type, weight, bias, {seed, threshold, drop_scale, sample_offset});
+  Work work(x, layout, type, weight, bias, mask_of(x, seed, threshold, sample_offset), drop_scale);
   work.channels.eps = eps;
   work.channels.mean = static_cast<double*>(mean.data_ptr());
   work.channels.var = static_cast<double*>(var.data_ptr());
@@ -670,7 +601,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_cpu(
   const Tensor grad_y = in_layout_of(grad, x);
   const Layout layout = layout_of(x);
   const int64_t count = layout.channels;
-  Work work(x, layout, type, weight, bias, {seed, threshold, drop_scale, sample_offset});
+  Work work(x, layout, type, weight, bias, mask_of(x, seed, threshold, sample_offset), drop_scale);
   work.channels.eps = eps;
   std::vector<double> copies;
   const auto doubles = [&](const Tensor& vector, int64_t at, const char* name) {

@@ -866,8 +866,8 @@ struct GradientUnit {
 
   NORMDROP_METHOD V g(const BatchNormArgs& args, int64_t i, int64_t u, Bits bits, V& d) const {
     d = Lanes<T>::load(static_cast<const T*>(args.x) + i + u * W) - center[u];
-    const V grad_y = dropout.apply(
-        Lanes<T>::load(static_cast<const T*>(args.grad_y) + i + u * W), bits.kept >> (u * W));
+    const V grad_y = dropout.apply(Lanes<T>::load(static_cast<const T*>(args.grad_y) + i + u * W),
+                                   bits.kept >> (u * W));
     if (has_bits(args)) {
       const uint32_t negative = ~(uint32_t)(bits.positive >> (u * W));
       return bend<T, kAct>(grad_y, ChoiceOf<T>::of_bits(negative), slope);
@@ -1280,20 +1280,20 @@ void exact_statistics(const BatchNormArgs& args, int64_t c, Moments* result) {
   return args.slope == 0.0 ? function<T, kRelu, with>(args, __VA_ARGS__) \
                            : function<T, kLeaky, with>(args, __VA_ARGS__);
 
-#define NORMDROP_CHOOSE_NORMALIZE(function, ...)  \
-  if (args.kept != nullptr) {                     \
+#define NORMDROP_CHOOSE_NORMALIZE(function, ...)           \
+  if (args.kept != nullptr) {                              \
     return function<T, kDropped, true>(args, __VA_ARGS__); \
-  } else if (args.residual != nullptr) {                 \
-    NORMDROP_CHOOSE(function, true, __VA_ARGS__)  \
-  } else {                                        \
-    NORMDROP_CHOOSE(function, false, __VA_ARGS__) \
+  } else if (args.residual != nullptr) {                   \
+    NORMDROP_CHOOSE(function, true, __VA_ARGS__)           \
+  } else {                                                 \
+    NORMDROP_CHOOSE(function, false, __VA_ARGS__)          \
   }
 
 // The identity leaves no bits.
 #define NORMDROP_CHOOSE_GRADIENT(function, ...)                              \
   if (args.kept != nullptr) {                                                \
     return function<T, kDropped, true>(args, __VA_ARGS__);                   \
-  } else if (args.positive != nullptr) {                                            \
+  } else if (args.positive != nullptr) {                                     \
     return args.slope == 0.0 ? function<T, kRelu, true>(args, __VA_ARGS__)   \
                              : function<T, kLeaky, true>(args, __VA_ARGS__); \
   } else {                                                                   \

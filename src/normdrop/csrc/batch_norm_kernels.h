@@ -30,12 +30,12 @@ struct BatchNormArgs {
   const void* shift;
   const void* grad_slope;  // grad_x = g * scale + (x - center) * grad_slope + grad_shift
   const void* grad_shift;
-  const uint8_t* kept;   // or null: the dropout mask, one bit an element in the order of memory
-  int64_t kept_first;    // the bit of x's first element
-  double drop_scale;     // of what is kept
-  double slope;   // of the activation where it is not positive: 1 is the identity, 0 is ReLU
-  bool training;  // backward: grad_x depends on x
-  bool stream;    // write past the cache
+  const uint8_t* kept;  // or null: the dropout mask, one bit an element in the order of memory
+  int64_t kept_first;   // the bit of x's first element
+  double drop_scale;    // of what is kept
+  double slope;         // of the activation where it is not positive: 1 is the identity, 0 is ReLU
+  bool training;        // backward: grad_x depends on x
+  bool stream;          // write past the cache
 };
 
 struct Moments {

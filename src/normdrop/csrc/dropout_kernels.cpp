@@ -570,8 +570,8 @@ void transposed_blocks_entry(const DropoutWork& work, const KeepRule& rule, uint
 
 }  // namespace
 
-extern const DropoutKernels dropout_kernels = {fill_words_entry, contiguous_entry, strided_entry,
-                                               transposed_entry, transposed_blocks_entry,
-                                               transposed_bits};
+extern const DropoutKernels dropout_kernels = {fill_words_entry,        contiguous_entry,
+                                               strided_entry,           transposed_entry,
+                                               transposed_blocks_entry, transposed_bits};
 
 }  // namespace normdrop::NORMDROP_ISA

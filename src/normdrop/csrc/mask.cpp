@@ -146,8 +146,7 @@ void Mask::gather(int64_t unit, uint8_t* rows) const {
   for (int64_t at = 8 * unit, count = 0; at < end; at += count) {
     const int64_t sample = at / positions_, position = at % positions_;
     count = std::min(end - at, positions_ - position);
-    int64_t index =
-        static_cast<int64_t>(first_ % 64) + sample * channels_ * positions_ + position;
+    int64_t index = static_cast<int64_t>(first_ % 64) + sample * channels_ * positions_ + position;
     for (int64_t c = 0; c < channels_; ++c, index += positions_) {
       rows[c] |= static_cast<uint8_t>(read_bits(words_, index, count) << (at - 8 * unit));
     }

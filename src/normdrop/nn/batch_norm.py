@@ -134,8 +134,14 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             return cast(Tensor, call_as_leaf(self, input, *others))
         return self.normalize(input, residual, self.activation)
 
-    def normalize(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-        """:meth:`forward` with another activation than the module's own, as fused code calls it."""
+    def normalize(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        keep: float = 1.0,
+    ) -> Tensor:
+        """:meth:`forward` as fused code calls it: with another activation, and dropout after it."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         mean, var = self.running_mean, self.running_var
         momentum = 0.0 if self.momentum is None else self.momentum
@@ -171,6 +177,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.eps,
             residual=residual,
             activation=activation,
+            keep=keep,
             nonfinite=self.nonfinite,
         )
         if merging is not None and mean is not None and var is not None:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from normdrop import nn
 from normdrop.ops import reference
 
 __all__ = ["batch_norm"]
@@ -31,9 +32,29 @@ def batch_norm(
         and residual.layout is x.layout
         and residual.device == x.device
     ):
-        y = norm.normalize(x, residual, activation)
+        keep = _keep_in_operator(norm, x, dropout)
+        y = norm.normalize(x, residual, activation, keep)
+        if keep < 1.0:
+            return cast(Tensor, y)
     else:
         y = norm.normalize(x, None, None)
         y = y.add_(residual) if writes else y + residual
         y = reference.activate(y, activation)
     return y if dropout is None else cast(Tensor, type(dropout).forward(dropout, y))
+
+
+def _keep_in_operator(norm: Any, x: Tensor, dropout: Any) -> float:
+    """What batch normalization's own operator is to keep; 1 leaves dropout to its module.
+
+    Both must be in training, and the factor must be applied there. Off the CPU a mask comes from
+    that device's generator, which the operator does not ask.
+    """
+    is_part = (
+        type(dropout) is nn.Dropout
+        and dropout.training
+        and norm.training
+        and dropout.scaling == "train"
+        and 0.0 < dropout.p < 1.0
+        and x.is_cpu
+    )
+    return 1.0 - dropout.p if is_part else 1.0
