@@ -19,6 +19,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -92,15 +93,27 @@ Tensor vector_of(const double* values, int64_t count, ScalarType type) {
 
 int64_t bytes_of(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); }
 
-// Bytes beyond which a result is written past the cache: half of the last-level cache.
-int64_t stream_threshold() {
-  static const int64_t bytes = [] {
-    int64_t cache = 0;
+// The last-level cache that a core reaches, 0 if unknown. sysconf is asked last: on AMD's servers
+// it gives the sum over all of the processor, 320 MB where a core reaches 32.
+int64_t last_level_cache() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+  int64_t kilobytes = 0;
+  if (file >> kilobytes && kilobytes > 0) {  // "32768K"
+    return kilobytes << 10;
+  }
 #ifdef _SC_LEVEL3_CACHE_SIZE
-    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+  return 0;
 #endif
-    return std::min<int64_t>(std::max<int64_t>(cache / 2, 8 << 20), 64 << 20);
-  }();
+}
+
+// Bytes from which a result is written past the cache: a quarter of it. At that size, 8 MB of 32,
+// BN+ReLU took 0.8 of the time, and the convolutions before and after it were not slower: what a
+// step of training reads and writes in between has emptied the cache anyway.
+int64_t stream_threshold() {
+  static const int64_t bytes =
+      std::min<int64_t>(std::max<int64_t>(last_level_cache() / 4, 8 << 20), 32 << 20);
   return bytes;
 }
 
