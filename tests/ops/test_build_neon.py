@@ -56,7 +56,11 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @needs_cross_compiler
 def test_kernels_compile_for_arm_without_warnings(objects):
-    assert {"batch_norm_kernels", "dropout_kernels"} < objects.keys()
+    assert {
+        "batch_norm_rows_kernels",
+        "batch_norm_columns_kernels",
+        "dropout_kernels",
+    } < objects.keys()
     code = subprocess.run(
         ["aarch64-linux-gnu-objdump", "-d", objects["dropout_kernels"]],
         capture_output=True,

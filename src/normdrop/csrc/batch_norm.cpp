@@ -1,5 +1,5 @@
 // Batch normalization: checks, constants, and who computes what. The loops and their algebra are
-// in batch_norm_kernels.cpp.
+// in batch_norm_rows_kernels.cpp and batch_norm_columns_kernels.cpp.
 //
 // Statistics come from partial sums over blocks that depend on the shape alone, merged in a fixed
 // order in double. So the result has the same bits for any number of threads.
@@ -292,10 +292,10 @@ struct Work {
   int64_t elements_of_x() const { return x.outer * x.channels * x.inner; }
 
   void set_forward(int64_t c0, int64_t c1) const {
-    batch_norm_kernels().set_forward[type](channels, args, c0, c1);
+    batch_norm_channels().set_forward[type](channels, args, c0, c1);
   }
   void set_backward(int64_t c0, int64_t c1) const {
-    batch_norm_kernels().set_backward[type](channels, args, c0, c1, first, second);
+    batch_norm_channels().set_backward[type](channels, args, c0, c1, first, second);
   }
 
   // Whether the tasks of the next pass draw the dropout mask, each what it needs of it; then one
@@ -388,14 +388,14 @@ void settle(const Work& work, int64_t c) {
   double &mean = work.channels.mean[c], &var = work.channels.var[c];
   if (!std::isfinite(mean) || !std::isfinite(var)) {
     Moments exact;
-    batch_norm_kernels().exact_statistics[work.type](work.args, c, &exact);
+    batch_norm_channels().exact_statistics[work.type](work.args, c, &exact);
     mean = exact.mean;
     var = exact.m2 / exact.count;
   }
 }
 
 void forward_rows(const Work& work, bool training) {
-  const auto& kernels = batch_norm_kernels();
+  const auto& kernels = batch_norm_rows();
   const Layout& x = work.x;
   const BatchNormArgs& args = work.args;
   const DataType type = work.type;
@@ -403,8 +403,8 @@ void forward_rows(const Work& work, bool training) {
   const int64_t elements = work.elements_of_x();
   const auto statistics = [&](int64_t t, int64_t g, Moments* result) {
     const int64_t c0 = t * plan.tile;
-    kernels.row_statistics[type](args, c0, std::min(c0 + plan.tile, x.channels), g * kGroupBlocks,
-                                 std::min((g + 1) * kGroupBlocks, plan.blocks.count), result);
+    kernels.statistics[type](args, c0, std::min(c0 + plan.tile, x.channels), g * kGroupBlocks,
+                             std::min((g + 1) * kGroupBlocks, plan.blocks.count), result);
   };
   // result is (groups, tile).
   const auto settle_tile = [&](int64_t t, const Moments* result) {
@@ -433,7 +433,7 @@ void forward_rows(const Work& work, bool training) {
       if (draws) {
         work.draw_tile(c0, c1);
       }
-      kernels.row_normalize[type](args, 0, x.outer, c0, c1, 0, x.inner);
+      kernels.normalize[type](args, 0, x.outer, c0, c1, 0, x.inner);
     });
     return;
   }
@@ -451,23 +451,24 @@ void forward_rows(const Work& work, bool training) {
     work.set_forward(0, x.channels);
   }
   plan.for_pieces(x, [&](int64_t o0, int64_t o1, int64_t c0, int64_t c1, int64_t i0, int64_t i1) {
-    kernels.row_normalize[type](args, o0, o1, c0, c1, i0, i1);
+    kernels.normalize[type](args, o0, o1, c0, c1, i0, i1);
   });
 }
 
 void forward_columns(const Work& work, bool training) {
-  const auto& kernels = batch_norm_kernels();
+  const auto& kernels = batch_norm_columns();
   const bool draws = work.chunks_draw(training);
   if (training) {
-    work.for_chunks(draws, kernels.column_statistics[work.type]);
-    if (!kernels.merge_columns(work.parts, work.counts, work.channels.mean, work.channels.var)) {
+    work.for_chunks(draws, kernels.statistics[work.type]);
+    if (!batch_norm_channels().merge_columns(work.parts, work.counts, work.channels.mean,
+                                             work.channels.var)) {
       for (int64_t c = 0; c < work.x.channels; ++c) {
         settle(work, c);
       }
     }
   }
   work.set_forward(0, work.x.channels);
-  work.for_ranges(kernels.column_normalize[work.type]);
+  work.for_ranges(kernels.normalize[work.type]);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
@@ -530,7 +531,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
 // ---- Backward ----------------------------------------------------------------------------------
 
 void backward_rows(const Work& work, bool want_sums, bool want_x) {
-  const auto& kernels = batch_norm_kernels();
+  const auto& kernels = batch_norm_rows();
   const Layout& x = work.x;
   const BatchNormArgs& args = work.args;
   const DataType type = work.type;
@@ -538,9 +539,8 @@ void backward_rows(const Work& work, bool want_sums, bool want_x) {
   const int64_t elements = work.elements_of_x();
   const auto sum = [&](int64_t t, int64_t g, GradientSums* result) {
     const int64_t c0 = t * plan.tile;
-    kernels.row_gradient_sums[type](args, c0, std::min(c0 + plan.tile, x.channels),
-                                    g * kGroupBlocks,
-                                    std::min((g + 1) * kGroupBlocks, plan.blocks.count), result);
+    kernels.gradient_sums[type](args, c0, std::min(c0 + plan.tile, x.channels), g * kGroupBlocks,
+                                std::min((g + 1) * kGroupBlocks, plan.blocks.count), result);
   };
   const auto settle_tile = [&](int64_t t, const GradientSums* result) {
     const int64_t c0 = t * plan.tile, c1 = std::min(c0 + plan.tile, x.channels);
@@ -566,7 +566,7 @@ void backward_rows(const Work& work, bool want_sums, bool want_x) {
       }
       settle_tile(t, parts.data());
       if (want_x) {
-        kernels.row_gradients[type](args, 0, x.outer, c0, c1, 0, x.inner);
+        kernels.gradients[type](args, 0, x.outer, c0, c1, 0, x.inner);
       }
     });
     return;
@@ -586,21 +586,21 @@ void backward_rows(const Work& work, bool want_sums, bool want_x) {
   }
   if (want_x) {
     plan.for_pieces(x, [&](int64_t o0, int64_t o1, int64_t c0, int64_t c1, int64_t i0, int64_t i1) {
-      kernels.row_gradients[type](args, o0, o1, c0, c1, i0, i1);
+      kernels.gradients[type](args, o0, o1, c0, c1, i0, i1);
     });
   }
 }
 
 void backward_columns(const Work& work, bool want_sums, bool want_x) {
-  const auto& kernels = batch_norm_kernels();
+  const auto& kernels = batch_norm_columns();
   const bool draws = work.chunks_draw(want_sums);
   if (want_sums) {
-    work.for_chunks(draws, kernels.column_gradient_sums[work.type]);
-    kernels.add_columns(work.parts, work.first, work.second);
+    work.for_chunks(draws, kernels.gradient_sums[work.type]);
+    batch_norm_channels().add_columns(work.parts, work.first, work.second);
   }
   work.set_backward(0, work.x.channels);
   if (want_x) {
-    work.for_ranges(kernels.column_gradients[work.type]);
+    work.for_ranges(kernels.gradients[work.type]);
   }
 }
 

@@ -88,25 +88,34 @@ struct ChannelArgs {
   const double *weight, *bias;  // or null
 };
 
-struct BatchNormKernels {
+// Rows: inner > 1.
+struct BatchNormRows {
   // Channels [c0, c1) over blocks [b0, b1); result[c - c0].
-  void (*row_statistics[kDataTypes])(const BatchNormArgs&, int64_t c0, int64_t c1, int64_t b0,
-                                     int64_t b1, Moments* result);
-  void (*row_gradient_sums[kDataTypes])(const BatchNormArgs&, int64_t c0, int64_t c1, int64_t b0,
-                                        int64_t b1, GradientSums* result);
+  void (*statistics[kDataTypes])(const BatchNormArgs&, int64_t c0, int64_t c1, int64_t b0,
+                                 int64_t b1, Moments* result);
+  void (*gradient_sums[kDataTypes])(const BatchNormArgs&, int64_t c0, int64_t c1, int64_t b0,
+                                    int64_t b1, GradientSums* result);
   // Elements [i0, i1) of the rows [o0, o1) x [c0, c1), the last o first.
-  void (*row_normalize[kDataTypes])(const BatchNormArgs&, int64_t o0, int64_t o1, int64_t c0,
-                                    int64_t c1, int64_t i0, int64_t i1);
-  void (*row_gradients[kDataTypes])(const BatchNormArgs&, int64_t o0, int64_t o1, int64_t c0,
-                                    int64_t c1, int64_t i0, int64_t i1);
+  void (*normalize[kDataTypes])(const BatchNormArgs&, int64_t o0, int64_t o1, int64_t c0,
+                                int64_t c1, int64_t i0, int64_t i1);
+  void (*gradients[kDataTypes])(const BatchNormArgs&, int64_t o0, int64_t o1, int64_t c0,
+                                int64_t c1, int64_t i0, int64_t i1);
+};
+
+// Columns: inner = 1.
+struct BatchNormColumns {
   // Rows [m0, m1), all columns.
-  void (*column_statistics[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1, double* mean,
-                                        double* m2);
-  void (*column_gradient_sums[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1, double* g,
-                                           double* gx);
+  void (*statistics[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1, double* mean,
+                                 double* m2);
+  void (*gradient_sums[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1, double* g,
+                                    double* gx);
   // Rows [m0, m1), the last first.
-  void (*column_normalize[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1);
-  void (*column_gradients[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1);
+  void (*normalize[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1);
+  void (*gradients[kDataTypes])(const BatchNormArgs&, int64_t m0, int64_t m1);
+};
+
+// Once a channel, in double.
+struct BatchNormChannels {
   // One channel in double throughout, slowly.
   void (*exact_statistics[kDataTypes])(const BatchNormArgs&, int64_t c, Moments* result);
   // From the parts, means and m2, each of counts[part / fold] rows; says whether all is finite.
@@ -118,6 +127,8 @@ struct BatchNormKernels {
                                    double* g, double* gx);
 };
 
-NORMDROP_KERNEL_TABLE(BatchNormKernels, batch_norm_kernels)
+NORMDROP_KERNEL_TABLE(BatchNormRows, batch_norm_rows)
+NORMDROP_KERNEL_TABLE(BatchNormColumns, batch_norm_columns)
+NORMDROP_KERNEL_TABLE(BatchNormChannels, batch_norm_channels)
 
 }  // namespace normdrop
