@@ -68,14 +68,27 @@ $(VENV)/.dev: $(VENV)/.build pyproject.toml setup.py $(CSRC)
 	@$(PIP) --no-build-isolation -e '.[train,export,dev]'
 	@touch $@ $(VENV)/.train
 
-# The operator tests on kernels built with address and undefined-behaviour sanitizers; test_build.py
-# would load the ordinary build beside them.
+# The operator tests on kernels built with address and undefined-behaviour sanitizers, for every
+# instruction set that this processor has; test_build.py would load the ordinary build beside them,
+# and test_instruction_sets.py runs them all by itself.
+SETS_HERE = import torch; \
+  n = {"DEFAULT": 1, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 3); \
+  print(*("avx512", "avx2", "baseline")[3 - n:])
+
 sanitize: $(VENV)/.dev
 	NORMDROP_SANITIZE=address,undefined NORMDROP_REQUIRE_KERNELS=1 $(BIN)/python setup.py -q \
 	  build_ext --build-lib build/sanitize --build-temp build/temp.sanitize
-	NORMDROP_KERNELS=$(CURDIR)/build/sanitize/normdrop/_C.abi3.so ASAN_OPTIONS=detect_leaks=0 \
-	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider $(or $(PYTEST_ARGS),tests/ops --ignore tests/ops/test_build.py)
+	@export NORMDROP_KERNELS=$(CURDIR)/build/sanitize/normdrop/_C.abi3.so; \
+	export ASAN_OPTIONS=detect_leaks=0; \
+	preload="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"; \
+	tests="tests/ops --ignore tests/ops/test_build.py"; \
+	for isa in $$($(BIN)/python -c '$(SETS_HERE)'); do \
+	  echo "Kernels for $$isa"; \
+	  NORMDROP_ISA=$$isa LD_PRELOAD="$$preload" $(BIN)/python -m pytest -q -n auto -p no:cacheprovider \
+	    $(or $(PYTEST_ARGS),$$tests) || exit 1; \
+	  tests="$$tests --ignore tests/ops/test_instruction_sets.py"; \
+	  tests="$$tests --ignore tests/ops/test_batch_norm_outliers.py"; \
+	done
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

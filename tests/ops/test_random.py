@@ -147,6 +147,11 @@ def test_seed_tensor_that_is_not_one_integer_is_refused(seed):
         functional.dropout(torch.ones(3), seed=seed)
 
 
+def test_a_seed_that_is_no_integer_is_refused():
+    with pytest.raises(TypeError, match=r"seed must be an integer .* got 1\.5"):
+        functional.dropout(torch.ones(3), seed=1.5)
+
+
 def test_manual_seed_repeats_the_masks_and_calls_differ():
     x = torch.ones(1000)
     torch.manual_seed(3)

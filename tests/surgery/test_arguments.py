@@ -64,6 +64,12 @@ def test_convert_takes_no_word_for_fuse(fuse):
     assert type(model[0]) is torch.nn.BatchNorm2d
 
 
+@pytest.mark.parametrize("example", ["image", [], {"x": 3}])
+def test_fold_says_what_an_example_is(example):
+    with pytest.raises(TypeError, match="expected `example` to be a tensor"):
+        normdrop.fold(torch.nn.Conv2d(2, 4, 3).eval(), example)
+
+
 def test_fold_warns_in_training_mode():
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.BatchNorm2d(4))
     with pytest.warns(UserWarning, match=r"call model\.eval\(\) first"):

@@ -119,7 +119,12 @@ def make_seed(
             return seed
         return seed.reshape(()).to(x.device, torch.int64)
     if not isinstance(seed, int):
-        seed = operator.index(seed)
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise TypeError(
+                f"seed must be an integer or an integer tensor with one element, got {seed!r}"
+            ) from None
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
     signed = seed if seed < 2**63 else seed - 2**64

@@ -149,7 +149,7 @@ def fold(
     Raises:
         UserError: the result differs on the example (then the model is as it was), or the model
             cannot be copied.
-        TypeError: no module.
+        TypeError: no module, or an example without a tensor.
 
     Warns:
         UserWarning: the model is in training mode, so that nothing is folded.
@@ -167,6 +167,11 @@ def fold(
         Integer-Arithmetic-Only Inference. CVPR 2018 (section 3.2).
     """
     check_model("fold", model)
+    if example is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(example)):
+        raise TypeError(
+            "fold: expected `example` to be a tensor, a tuple of arguments or a dict of keyword "
+            f"arguments but got {example!r}"
+        )
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     if norms and all(norm.training for norm in norms):
         warnings.warn(
