@@ -240,6 +240,16 @@ def test_a_converted_model_is_described_as_it_runs_fused(memory: str) -> None:
     assert [row.action for row in normdrop.plan(model)] == ["already", "already"]
 
 
+def test_a_folded_model_is_described_layer_by_layer() -> None:
+    model = networks.resnet(8, 10).eval()
+    before = normdrop.describe(model, "32x32x3")
+    after = normdrop.describe(normdrop.fold(model), "32x32x3")
+    assert after.multiply_adds == before.multiply_adds
+    assert {layer.name for layer in after.layers} >= {
+        layer.name for layer in before.layers if layer.type in ("Conv2d", "Linear")
+    }
+
+
 def test_frozen_models_keep_nothing() -> None:
     model = networks.resnet(8, 10).requires_grad_(False)
     assert normdrop.describe(model, "16x16x3").kept_bytes == 0

@@ -104,12 +104,15 @@ def fused_in(model: torch.nn.Module) -> Iterator[tuple[int, str]]:
 
 
 def inside_fused(modules: Iterable[torch.nn.Module]) -> set[torch.nn.Module]:
-    """What fused code replaces: it calls none of these, and steps aside where one has a hook."""
+    """What convert's code replaces: it calls none of these, and steps aside where one has a hook.
+
+    The code of a folded model, of a class of its own, is for evaluation without autograd.
+    """
     forwards = (vars(module).get("forward") for module in modules)
     return {
         module
         for forward in forwards
-        if isinstance(forward, FusedForward)
+        if type(forward) is FusedForward
         for module in (*forward.looked_into, *forward.participants)
     }
 
