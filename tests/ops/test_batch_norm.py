@@ -99,7 +99,7 @@ def test_batch_norm_values_and_gradients(shape, dtype, layout):
 
         doubles = [t.detach().double().requires_grad_() for t in inputs]
         wanted = expected(
-            *doubles[:3], doubles[3] if with_residual else None, ops.SLOPES[activation]
+            *doubles[:3], doubles[3] if with_residual else None, reference.slope_of(activation)
         )
         wanted_grads = torch.autograd.grad(wanted, doubles, grad.double())
 
@@ -508,7 +508,7 @@ def test_batch_norm_any_shape_stride_and_type(data):
         weight.double(),
         None,
         residual if residual is None else residual.double(),
-        ops.SLOPES[activation],
+        reference.slope_of(activation),
         1e-3,
     )
     assert_close(y, wanted, dtype, 64)

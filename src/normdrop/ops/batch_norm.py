@@ -20,9 +20,6 @@ from normdrop.ops import has_kernels, recompute, reference
 
 __all__ = ["batch_norm"]
 
-SLOPES: dict[str | None, float] = {None: 1.0, "relu": 0.0, "leaky_relu": 0.01}
-"""Slope, left of zero, of the activations that the kernel has; leaky ReLU may name another."""
-
 NONFINITE = {"propagate": 0, "skip": 1, "raise": 2}
 
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -97,9 +94,7 @@ def kernel_or_plain(
         return _finish(y, residual, activation, drop)
     if not _is_ordered(x):
         x = x.contiguous()  # as is torch's result
-    slope = SLOPES.get(activation)
-    if slope is None:
-        slope = reference.slope_of(activation)
+    slope = reference.slope_of(activation)  # the kernel has no other activations
     run = _traced if torch.compiler.is_compiling() else _eager
     y = run(
         x,
