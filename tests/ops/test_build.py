@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from normdrop.ops import has_kernels
+from normdrop.ops import OPERATORS, has_kernels
 
 ROOT = Path(__file__).parent.parent.parent
 SMOKE = """
@@ -68,6 +70,59 @@ def test_missing_kernels_are_said_once():
     assert done.stderr.count("RuntimeWarning") == 1
     assert "the compiled kernels are missing" in done.stderr
     assert "pip install --no-build-isolation" in done.stderr
+
+
+# An older build, as its schemas stood before batch normalization took dropout's arguments: today's
+# first call would end in "expected at most 9 argument(s) but received 13". Kernels are not needed,
+# since nothing may be called; libtorch_cpu.so is a library that loads and declares nothing.
+STALE = """
+import torch
+library = torch.library.Library("normdrop", "DEF")
+for schema in {schemas}:
+    library.define(schema)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("batch_norm", r"slope, .*\) ->", "slope) ->"),  # fewer arguments
+        ("batch_norm", "float slope", "bool relu"),  # as many, of another meaning
+        ("batch_norm", ", Tensor positive", ""),  # fewer results
+        ("dropout_into", "dropout_into", "dropout_"),  # another operator
+    ],
+)
+def test_outdated_build_is_said_once(name, old, new):
+    schemas = declared()
+    stale = re.sub(old, new, schemas[name])
+    assert stale != schemas[name]
+    schemas[name] = stale
+    library = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
+    code = STALE.format(schemas=list(schemas.values())) + SMOKE
+    done = run(code, NORMDROP_KERNELS=str(library))
+    assert "kernels: False" in done.stdout
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert f"the build of the compiled kernels is outdated: it has no {name} as " in done.stderr
+    assert f"Rebuild with: pip install --no-build-isolation -e . in {ROOT}," in done.stderr
+
+
+def declared() -> dict[str, str]:
+    """The schemas on the page that lists every operator, by the operators' names."""
+    page = (ROOT / "src/normdrop/csrc/library.cpp").read_text()
+    calls = re.findall(r'm\.def\(((?:\s*"[^"]*")+)\);', page)
+    assert len(calls) == page.count("m.def(")
+    schemas = ["".join(re.findall(r'"([^"]*)"', call)) for call in calls]
+    return {schema.split("(")[0]: schema for schema in schemas}
+
+
+def test_python_declares_the_operators_as_the_page_does():
+    """Else today's build would count as outdated, or an outdated one as today's."""
+    wanted = {}
+    for name, text in declared().items():
+        schema = torch._C.parse_schema(text)
+        names = [argument.name for argument in schema.arguments]
+        wanted[name] = " ".join([*names, f"-> {len(schema.returns)}"])
+    assert wanted == OPERATORS
 
 
 def test_kernels_can_be_switched_off():

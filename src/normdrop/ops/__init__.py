@@ -10,26 +10,52 @@ from __future__ import annotations
 import os
 import warnings
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
 __all__ = ["has_kernels"]
 
-OPERATORS = (
-    "batch_norm",
-    "batch_norm_backward",
-    "batch_norm_update",
-    "dropout",
-    "dropout_into",
-)
-"""What csrc/library.cpp declares."""
+OPERATORS = {
+    "batch_norm": "x running_mean running_var weight bias residual training eps slope "
+    "seed threshold drop_scale sample_offset -> 4",
+    "batch_norm_backward": "grad_y x mean var weight bias positive training eps slope "
+    "need_x need_vectors need_residual seed threshold drop_scale sample_offset -> 4",
+    "batch_norm_update": "running_mean running_var mean var count momentum nonfinite -> 0",
+    "dropout": "x seed threshold scale shift fill sample_offset shared_dims -> 1",
+    "dropout_into": "x seed threshold scale shift fill sample_offset shared_dims y -> 0",
+}
+"""What csrc/library.cpp declares: the arguments' names, and how many tensors come back."""
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 """What NORMDROP_ISA takes: the widest that the kernels may use; csrc/dispatch.h."""
 
 
+def _signature(name: str) -> str | None:
+    """What the loaded library declares, in the form of OPERATORS."""
+    try:
+        schema = getattr(torch.ops.normdrop, name).default._schema
+    except AttributeError:
+        return None
+    return " ".join([*(a.name for a in schema.arguments), f"-> {len(schema.returns)}"])
+
+
+def _warn(what: str, remedy: str) -> None:
+    package = Path(__file__).parents[1]
+    if (package / "csrc").is_dir():  # a checkout; nothing that is installed has the sources
+        command = f"pip install --no-build-isolation -e . in {package.parents[1]}"
+    else:
+        command = "pip install --no-build-isolation --force-reinstall --no-deps normdrop"
+    warnings.warn(
+        f"normdrop: {what}; everything works on the slower plain PyTorch path. "
+        f"{remedy}: {command}, with a C++ compiler.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def _load() -> bool:
-    """Load the compiled kernels, which registers torch.ops.normdrop; say so once if there are none.
+    """Load the compiled kernels, which registers torch.ops.normdrop; say once what is amiss.
 
     NORMDROP_KERNELS=0 in the environment does without them, NORMDROP_KERNELS=<path> loads a build
     that lies elsewhere (a sanitized one).
@@ -50,17 +76,15 @@ def _load() -> bool:
             import_module("normdrop._C")
         else:
             torch.ops.load_library(wanted)
-        # A build that is older than these files would fail later, and less clearly.
-        missing = [name for name in OPERATORS if not hasattr(torch.ops.normdrop, name)]
-        if missing:
-            raise ImportError(f"the build is outdated: it has no {', '.join(missing)}")
     except (ImportError, OSError) as error:
-        warnings.warn(
-            f"normdrop: the compiled kernels are missing ({error}); everything works on the "
-            "slower plain PyTorch path. To build them: pip install --no-build-isolation normdrop, "
-            "with a C++ compiler.",
-            RuntimeWarning,
-            stacklevel=2,
+        _warn(f"the compiled kernels are missing ({error})", "To build them")
+        return False
+    # A build that is older than these files would fail at the first call, and less clearly.
+    if others := [name for name, wanted in OPERATORS.items() if _signature(name) != wanted]:
+        _warn(
+            "the build of the compiled kernels is outdated: it has no "
+            f"{', '.join(others)} as this version calls it",
+            "Rebuild with",
         )
         return False
     return True
