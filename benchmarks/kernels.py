@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,7 @@ def headline(rows: Sequence[Row]) -> str:
         f"{facts.get('processor', '')}, {threads} threads, float32, torch {facts.get('torch', '')}"
         "; medians, with autograd; torch adds and activates in place."
     )
+    claim = textwrap.fill(claim, 100)
     return f"{runner.markdown(header, lines)}\n\n{claim}" if lines else "Not measured yet."
 
 
