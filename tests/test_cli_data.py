@@ -1,5 +1,8 @@
 """Data that cannot be used: one sentence, exit code 2, nothing written."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -128,5 +131,8 @@ def test_damaged_images_are_skipped_and_listed(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "1 image could not be read and is left out:" in shown
     assert "cat/3.png" in shown
+    ((name, reason),) = json.loads(Path("runs/pets-resnet8-1/run.json").read_text())["skipped"]
+    assert name == str(tmp_path / "pets/cat/3.png")
+    assert f"  {name} ({reason})" in shown
     assert cli.main(["evaluate", "runs/pets-resnet8-1", "--data", "pets/dog/.."]) == 2
     assert "3.png" in capsys.readouterr().err

@@ -43,6 +43,14 @@ def test_module_splits_are_disjoint_and_complete():
     assert sorted(names) == sorted(f"sample {i}" for i in range(100))
 
 
+def test_module_counts_the_classes_of_each_split():
+    """A class that a split lacks counts zero, the last one too."""
+    splits = {"train": np.arange(6), "val": np.array([6, 7]), "test": np.array([8])}
+    data = Made([0, 1, 2, 0, 1, 2, 1, 1, 0], classes=("a", "b", "c"), splits=splits)
+    assert data.class_counts() == {"train": [2, 2, 2], "val": [0, 2, 0], "test": [1, 0, 0]}
+    json.dumps(data.class_counts())
+
+
 def test_module_batches_pair_images_with_their_labels():
     labels = np.arange(200) % 2
     pixels = (np.arange(200) % 251).astype(np.uint8)[:, None, None, None] * np.ones(

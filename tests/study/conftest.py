@@ -48,6 +48,8 @@ def fabricate(
     finished: bool = True,
     overfit: bool = False,
     dead: int = 0,
+    skipped: tuple[tuple[str, str], ...] = (),
+    dropped: int = 0,
     seed: int = 0,
 ) -> Path:
     """Write a run folder; see the arguments for what can be varied."""
@@ -82,6 +84,9 @@ def fabricate(
             "classes": names,
         },
         "data": {"name": data, "kind": kind, "classes": names, "shape": shape},
+        "samples": {"train": [90] * k, "val": [10] * k, "test": [samples // k] * k},
+        "skipped": skipped,
+        "dropped": dropped,
         "norm_layers": norm_layers,
     }
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")

@@ -183,6 +183,43 @@ def test_report_escapes_what_users_wrote(make_run):
     assert "on <img src=x onerror=alert(1)>.csv" in page.headings[0][1]
 
 
+def test_report_lists_images_that_were_left_out(make_run):
+    skipped = tuple((f"/pets/cat/{n}<b>.png", f"truncated after {n} bytes") for n in range(11))
+    page, text = read(make_run(epochs=2, layers=1, skipped=skipped))
+    assert has_section(page, "data")
+    assert "11 images were left out because they could not be read" in page.text
+    assert "the first 8; 3 more stand in run.json" in page.text
+    assert "#data" in page.links
+    assert "<b>.png" not in text
+    shown = "".join(page.text.split())
+    for place, (name, reason) in enumerate(skipped):
+        assert (name in shown) == (reason in page.text) == (place < 8)
+    page, _ = read(make_run("all", epochs=2, layers=1, skipped=skipped[:8]))
+    assert "more stand in run.json" not in page.text
+
+
+def test_report_of_a_run_that_did_not_count_its_samples(make_run):
+    folder = make_run(epochs=2, layers=1)
+    record = json.loads((folder / "run.json").read_text())
+    for name in ("samples", "skipped", "dropped"):
+        del record[name]
+    (folder / "run.json").write_text(json.dumps(record))
+    page, _ = read(folder)
+    assert not has_section(page, "data")
+    assert "#data" not in page.links
+
+
+@pytest.mark.parametrize(
+    "damage", [{"samples": {"train": [1]}}, {"samples": [1]}, {"skipped": ["a.png"]}]
+)
+def test_report_refuses_a_damaged_count_of_the_samples(make_run, damage):
+    folder = make_run(epochs=2, layers=1)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | damage))
+    with pytest.raises(UserError, match=r"run\.json"):
+        write_report(folder)
+
+
 def test_report_of_an_unfinished_run_says_so(make_run):
     folder = make_run(finished=False, epochs=4)
     (folder / "weights.safetensors").unlink()

@@ -61,10 +61,11 @@ def test_describe_loss_names_label_smoothing(run):
     ("train", "val", "sign"),
     [
         ([0.5, 0.99], [0.5, 0.8], "19 points above"),
-        ([0.5, 0.1], [0.1, 0.12], "no better than always naming the most frequent class"),
+        ([0.5, 0.1], [0.1, 0.1], "is no better than always naming the most frequent class"),
+        ([0.5, 0.1], [0.1, 0.11], "is hardly better than always naming the most frequent class"),
         ([0.5, 0.85], [0.6, 0.8], None),
     ],
-    ids=["gap", "chance", "fine"],
+    ids=["gap", "chance", "near-chance", "fine"],
 )
 def test_describe_accuracy_warnings(run, train, val, sign):
     sentence = sentences.describe_accuracy(
@@ -73,6 +74,53 @@ def test_describe_accuracy_warnings(run, train, val, sign):
     assert sentence.warning == (sign is not None)
     assert sign is None or sign in sentence.sign
     assert "in epoch 2, whose weights were kept" in sentence.seen
+
+
+def with_samples(run, **samples):
+    return dataclasses.replace(run, run=run.run | {"samples": samples})
+
+
+def test_describe_accuracy_compares_with_the_same_split(run):
+    """Nine tenths of the validation samples are of one class, in the test a tenth, or reversed."""
+    run = with_metrics(run, train_accuracy=[0.7, 0.9], val_accuracy=[0.8, 0.9])
+    even, skewed = [10] * 10, [91] + [1] * 9
+    sentence = sentences.describe_accuracy(with_samples(run, train=even, val=skewed, test=even))
+    assert sentence.warning
+    assert percent(0.9) in sentence.sign
+    assert percent(0.91) + " of the validation split" in sentence.sign
+    sentence = sentences.describe_accuracy(with_samples(run, train=even, val=even, test=skewed))
+    assert not sentence.warning
+
+
+def test_describe_accuracy_of_a_run_that_did_not_count_its_splits(run):
+    """The test's accuracy is compared with the test's classes, which result.json holds."""
+    run = with_samples(with_metrics(run, train_accuracy=[0.1, 0.1], val_accuracy=[0.1, 0.1]))
+    assert not sentences.describe_accuracy(run).warning
+    rows = [dict(row, support=91 if k == 0 else 1) for k, row in enumerate(run.result["per_class"])]
+    result = dict(run.result, accuracy=0.92, per_class=rows)
+    sentence = sentences.describe_accuracy(dataclasses.replace(run, result=result))
+    assert sentence.warning
+    assert f"The test accuracy, {percent(0.92)}" in sentence.sign
+    assert percent(0.91) + " of the test split" in sentence.sign
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out", "sign"),
+    [
+        ("image", {}, "images left out because they could not be read; there are none"),
+        ("image", {"skipped": [["a.png", "damaged"]]}, "1 image was left out because it could"),
+        ("image", {"skipped": [["a.png", "damaged"]] * 2}, "2 images were left out because they"),
+        ("table", {}, "rows left out for missing values; there are none"),
+        ("table", {"dropped": 1200}, "1,200 rows were left out for missing values"),
+    ],
+)
+def test_describe_data_says_what_was_left_out(run, kind, left_out, sign):
+    record = run.run | {"data": {"kind": kind}} | left_out
+    sentence = sentences.describe_data(dataclasses.replace(run, run=record))
+    assert "900 training, 100 validation and 360 test samples of 10 classes" in sentence.seen
+    assert sign in sentence.sign
+    assert sentence.warning == bool(left_out)
+    assert sentences.describe_data(with_samples(run)) is None
 
 
 @pytest.mark.parametrize(

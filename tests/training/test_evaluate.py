@@ -50,6 +50,12 @@ def test_a_finished_run_holds_everything(finished_run):
     record = json.loads((finished_run / "run.json").read_text())
     assert record["network"]["name"] == "resnet8"
     assert record["norm_layers"][0] == {"name": "input_norm", "features": 1}
+    counts = {split: sum(classes) for split, classes in record["samples"].items()}
+    assert set(counts) == {"train", "val", "test"}
+    assert counts["test"] == result["count"]
+    assert record["samples"]["test"] == [row["support"] for row in result["per_class"]]
+    assert record["skipped"] == []
+    assert record["dropped"] == 0
 
 
 def test_the_best_epoch_has_the_highest_validation_accuracy(finished_run):

@@ -291,6 +291,15 @@ class DataModule(LightningDataModule):
         self.setup()
         return [self._samples.names[int(self._positions[split][i])] for i in indices]
 
+    def class_counts(self) -> dict[str, list[int]]:
+        """Samples of each class, in the order of ``classes``, for each split."""
+        self.setup()
+        labels, many = self._labels, len(self.classes)
+        return {
+            split: np.bincount(labels[self._positions[split]], minlength=many).tolist()
+            for split in SPLITS
+        }
+
     def state(self) -> dict[str, Any]:
         """What :func:`normdrop.data.encoder` needs to encode new files, JSON-able."""
         self.setup()

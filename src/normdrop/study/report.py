@@ -24,6 +24,8 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 #: More pictures would make the page large without saying more.
 _SHOWN_MISTAKES = 24
+#: The rest stand in run.json.
+_SHOWN_SKIPPED = 8
 #: Beyond this many classes the per-class table shows the weakest first and scrolls.
 _LONG_TABLE = 20
 
@@ -113,6 +115,7 @@ def _context(run: RunFolder, drawn: dict[str, Any]) -> dict[str, Any]:
     per_class = _per_class(run)
     mistakes = _mistakes(run)
     dropout = layer_sentences.describe_dropout(run)
+    data = sentences.describe_data(run)
     named: list[tuple[str, str, Sentence]] = [
         *((f"figure-{f.name}", f.title, f.sentence) for f in curves),
         *([("figure-confusion", "Confusion matrix", confusion["sentence"])] if confusion else []),
@@ -121,6 +124,7 @@ def _context(run: RunFolder, drawn: dict[str, Any]) -> dict[str, Any]:
         *([("mistakes", "Worst mistakes", mistakes["sentence"])] if run.result else []),
         *((f"figure-{f.name}", f.title, f.sentence) for f in norm),
         ("dropout", "Dropout", dropout),
+        *([("data", "Data", data)] if data else []),
     ]
     return {
         "run": run,
@@ -144,6 +148,9 @@ def _context(run: RunFolder, drawn: dict[str, Any]) -> dict[str, Any]:
         "dropout": dropout,
         "dropout_layers": [layer for layer in run.dropout_layers or () if layer.keep < 1],
         "idle_dropout": sum(layer.keep >= 1 for layer in run.dropout_layers or ()),
+        "data": data,
+        "skipped": run.skipped[:_SHOWN_SKIPPED],
+        "skipped_more": len(run.skipped[_SHOWN_SKIPPED:]),
         "options": _flat(run.options),
         "command": _command(run),
         "version": run.run.get("version", ""),

@@ -96,6 +96,21 @@ class RunFolder:
         return tuple(str(name) for name in self.run["network"]["classes"])
 
     @property
+    def samples(self) -> dict[str, list[int]]:
+        """Samples of each class in each split; empty for a run that did not write them."""
+        return dict(self.run.get("samples") or {})
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        """Images that could not be read and were left out, with the reason."""
+        return tuple((str(name), str(reason)) for name, reason in self.run.get("skipped") or ())
+
+    @property
+    def dropped(self) -> int:
+        """Rows of a table that were left out for their missing values."""
+        return int(self.run.get("dropped") or 0)
+
+    @property
     def epochs(self) -> int:
         return len(self.metrics["epoch"])
 
@@ -168,6 +183,15 @@ def _check_run(path: Path, run: dict[str, Any]) -> None:
         not isinstance(layer, dict) or not {"name", "features"} <= layer.keys() for layer in layers
     ):
         raise _damaged(path, "its batch norm layers have no names or features")
+    samples, classes = run.get("samples") or {}, len(network["classes"])
+    if samples and (
+        not isinstance(samples, dict)
+        or not {"train", "val", "test"} <= samples.keys()
+        or any(not isinstance(n, list) or len(n) != classes for n in samples.values())
+    ):
+        raise _damaged(path, f"it does not count the samples of the {classes} classes")
+    if any(not isinstance(pair, list) or len(pair) != 2 for pair in run.get("skipped") or ()):
+        raise _damaged(path, "what was skipped has no name or no reason")
 
 
 def _check_result(path: Path, result: dict[str, Any], classes: int) -> None:

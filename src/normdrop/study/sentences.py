@@ -26,6 +26,7 @@ from normdrop.study.wording import (
 __all__ = [
     "describe_accuracy",
     "describe_confusion",
+    "describe_data",
     "describe_learning_rate",
     "describe_loss",
     "describe_mistakes",
@@ -148,14 +149,8 @@ def describe_accuracy(run: RunFolder) -> Sentence:
         seen += (
             " Training accuracy is measured with dropout on, so it may lie below the other curve."
         )
-    share = _largest_class_share(run)
-    if share is not None and val[best] <= share + 0.02:
-        return Sentence(
-            seen,
-            f"The best validation accuracy is no better than always naming the most frequent "
-            f"class ({percent(share)} of the test split): the network has learned nothing useful.",
-            warning=True,
-        )
+    if sign := _no_better_than_one_class(run, float(val[best])):
+        return Sentence(seen, sign, warning=True)
     gap = train[-1] - val[-1]
     if gap > 0.1:
         return Sentence(
@@ -172,11 +167,50 @@ def describe_accuracy(run: RunFolder) -> Sentence:
     )
 
 
-def _largest_class_share(run: RunFolder) -> float | None:
-    if run.result is None:
+def _no_better_than_one_class(run: RunFolder, val: float) -> str:
+    """Accuracy and the share of the most frequent class, both of the same split."""
+    name, accuracy, counts = "best validation", val, run.samples.get("val")
+    if counts is None and run.result is not None:  # a run that did not count its splits
+        name, accuracy = "test", float(run.result["accuracy"])
+        counts = [int(row["support"]) for row in run.result["per_class"]]
+    if not counts or not sum(counts):
+        return ""
+    share = max(counts) / sum(counts)
+    if accuracy > share + 0.02:
+        return ""
+    how = "hardly" if accuracy > share + 1e-6 else "no"  # metrics.csv has six digits
+    return (
+        f"The {name} accuracy, {percent(accuracy)}, is {how} better than always naming the most "
+        f"frequent class ({percent(share)} of the {name.split()[-1]} split): "
+        f"the network has learned nothing useful{'' if run.result else ' so far'}."
+    )
+
+
+def describe_data(run: RunFolder) -> Sentence | None:
+    """The splits, and what was left out of them; None for a run that did not write it down."""
+    if not run.samples:
         return None
-    support = [float(row["support"]) for row in run.result.get("per_class", ())]
-    return max(support) / sum(support) if support and sum(support) > 0 else None
+    train, val, test = (sum(run.samples[split]) for split in ("train", "val", "test"))
+    seen = (
+        f"The data were split into {train:,} training, {val:,} validation and "
+        f"{counted(test, 'test sample')} of {len(run.classes)} classes."
+    )
+    is_table = run.run["data"].get("kind") == "table"
+    count = run.dropped if is_table else len(run.skipped)
+    if is_table:
+        what, why = counted(count, "row"), "for missing values"
+    else:
+        what, why = counted(count, "image"), "because they could not be read"
+        why = why.replace("they", "it") if count == 1 else why
+    if not count:
+        thing = "rows" if is_table else "images"
+        return Sentence(seen, f"A warning sign would be {thing} left out {why}; there are none.")
+    return Sentence(
+        seen,
+        f"{what} {'was' if count == 1 else 'were'} left out {why}, so no figure here speaks of "
+        f"{'it' if count == 1 else 'them'}.",
+        warning=True,
+    )
 
 
 def describe_learning_rate(run: RunFolder) -> Sentence:

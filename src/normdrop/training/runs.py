@@ -136,6 +136,9 @@ def write_start(
         },
         "data": datamodule.state(),
         "digest": datamodule.digest,
+        "samples": datamodule.class_counts(),
+        "skipped": [list(pair) for pair in datamodule.skipped],
+        "dropped": datamodule.dropped,
         "norm_layers": norms,
     }
     try:
