@@ -115,7 +115,7 @@ def test_report_shows_every_part_of_a_finished_run(finished):
     folder, page, text = finished
     for section in (
         "stands-out", "curves", "classes", "calibration", "mistakes", "batch-norm", "dropout",
-        "options", "again",
+        "data", "options", "again",
     ):  # fmt: skip
         assert has_section(page, section)
     for figure in (

@@ -113,7 +113,8 @@ def test_report_fits_the_window(browser, page, width):
     )
     assert headings == [
         "resnet20 on digits", "What stands out", "Curves", "Classes", "Calibration",
-        "Worst mistakes", "What batch norm learned", "What dropout did", "Options", "Run it again",
+        "Worst mistakes", "What batch norm learned", "What dropout did", "Data", "Options",
+        "Run it again",
     ]  # fmt: skip
 
 
