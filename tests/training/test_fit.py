@@ -71,13 +71,24 @@ def test_precision(small, precision):
     )
 
 
-@pytest.mark.parametrize("options", [{"norm": False, "learning_rate": 0.02}, {"input_norm": False}])
-def test_networks_without_norm(small, options):
-    run = train(small(epochs=1, **options))
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"norm": False}, []),
+        ({"norm": False, "input_norm": True}, ["input_norm"]),
+        ({"norm": False, "input_norm": False}, []),
+        ({"input_norm": False}, ["bn1"]),
+        ({}, ["input_norm"]),
+    ],
+)
+def test_networks_without_norm(small, options, first):
+    run = train(small(epochs=1, learning_rate=0.02, **options))
     norms = json.loads((run / "run.json").read_text())["norm_layers"]
-    assert [layer["name"] for layer in norms][:1] == (
-        ["input_norm"] if "norm" in options else ["bn1"]
-    )
+    assert [layer["name"] for layer in norms][:1] == first
+    assert len(norms) <= 1 or "norm" not in options
+    network = evaluate.load_network(run)[0]
+    found = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(found) == len(norms)
 
 
 def test_the_time_limit_ends_the_run_and_the_schedule(small, monkeypatch):

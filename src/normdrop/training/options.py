@@ -68,8 +68,10 @@ class NetworkOptions:
     Args:
         model: resnet20, vgg11, wide_resnet16_4, mlp_256_256 and others of their families.
         width: channels of a residual network's first stage.
-        norm: batch normalization after every hidden layer.
-        input_norm: batch normalization of the input too, so that no mean need be given.
+        norm: batch normalization after every hidden layer; without it there is none at all, unless
+            input_norm asks for the input's.
+        input_norm: batch normalization of the input too, so that no mean need be given; by default
+            as norm.
         keep_input: probability that dropout keeps an input, in (0, 1].
         keep_hidden: probability that dropout keeps a hidden value, in (0, 1]; for an mlp also a
             list, one for each hidden layer.

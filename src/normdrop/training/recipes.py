@@ -1,7 +1,7 @@
 """The recipe of each network family and data set: what an option means that nobody gave.
 
 A value comes from the first of: the user, the data set's own recipe (for its own default network),
-the network family's, the common one.
+the network family's, the common one. Without norm the recipes leave out the input's, too.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def resolve(options: Options, *, name: str, input_shape: Sequence[int]) -> Optio
     family = "_".join(re.findall(r"[a-z]+", model.removesuffix("_bn")))
     recipe = COMMON | FAMILY.get(family, {}) | (own if model == own["model"] else {})
     recipe["model"] = model
+    recipe["input_norm"] = recipe["input_norm"] and options.network.norm
     filled: list[Any] = [options.data]
     for group in (options.network, options.recipe, options.run):
         missing = {
