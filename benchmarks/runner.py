@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import ctypes
 import random
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import normdrop
 from normdrop.files import write_atomically, write_text
 from normdrop.training.measure import machine
 
@@ -136,18 +135,6 @@ def cold_copy_rate(repeats: int = 12, size: int = 32 * 64 * 56 * 56) -> float:
     return 4 * size / statistics.median(seconds)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, instead of handing it back and fetching it page by page.
-
-    Otherwise the same call takes 7 or 13 ms, as the results of others happen to lie.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
-
-
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     """Let torch use that many threads, for a while."""
@@ -218,7 +205,7 @@ def parse(description: str, argv: Sequence[str] | None, **extra: str) -> argpars
         options.output = ROOT / "build" / "benchmarks" if options.quick else RESULTS
     options.output.mkdir(parents=True, exist_ok=True)
     if not options.quick:
-        keep_freed_memory()
+        normdrop.keep_freed_memory()
     return options
 
 

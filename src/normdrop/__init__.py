@@ -17,6 +17,7 @@ __all__ = [
     "fold_plan",
     "functional",
     "has_kernels",
+    "keep_freed_memory",
     "networks",
     "nn",
     "plan",
@@ -25,6 +26,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from normdrop import functional, networks, nn
+    from normdrop.allocator import keep_freed_memory
     from normdrop.errors import UserError
     from normdrop.inspection.describe import describe
     from normdrop.ops import has_kernels
@@ -42,6 +44,7 @@ _HOME = {
     "fold_plan": "normdrop.surgery.fold",
     "functional": "normdrop",
     "has_kernels": "normdrop.ops",
+    "keep_freed_memory": "normdrop.allocator",
     "networks": "normdrop",
     "nn": "normdrop",
     "plan": "normdrop.surgery.plan",

@@ -50,9 +50,11 @@ def train(
         resume: a run folder to go on with; its own options hold, but for
             --max-time and --no-report.
     """
+    from normdrop.allocator import keep_freed_memory_unless_told
     from normdrop.training.fit import train
     from normdrop.training.show import conclude
 
+    keep_freed_memory_unless_told()
     folder = train(Options(data, network, recipe, run), resume=resume)
     if run.report:
         from normdrop.study.report import write_report

@@ -17,6 +17,7 @@ from normdrop.networks.layers import (
     norm2d,
     zero_last,
 )
+from normdrop.ops.shortcut import padded_part
 from normdrop.surgery.layout import Layout, set_layout
 from normdrop.surgery.memory import Memory, with_memory
 
@@ -48,8 +49,9 @@ class Pad(torch.nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x[:, :, :: self.stride, :: self.stride]
-        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.extra))
+        every = slice(None, None, self.stride)
+        index = (slice(None), slice(None), every, every)
+        return padded_part(x, index, (0, 0, 0, 0, 0, self.extra))
 
     def extra_repr(self) -> str:
         return f"extra={self.extra}, stride={self.stride}"

@@ -23,6 +23,7 @@ from normdrop.surgery.fusion_patterns import (
     reasons,
     rewrite,
 )
+from normdrop.surgery.fusion_shortcut import find_shortcuts
 from normdrop.surgery.fusion_tracing import (
     TENSOR,
     Call,
@@ -74,8 +75,9 @@ def find(model: torch.nn.Module) -> list[Scope]:
     """All scopes of a model, which stays as it is."""
     search = _Search()
     search.look(model)
-    scopes = [_build(module, place) for module, place in search.places.items()]
-    return [scope for scope in scopes if scope is not None]
+    built = [_build(module, place) for module, place in search.places.items()]
+    scopes = [scope for scope in built if scope is not None]
+    return scopes + [Scope(*shortcut) for shortcut in find_shortcuts(model)]
 
 
 def reasons_against(model: torch.nn.Module) -> dict[int, str]:

@@ -1,0 +1,66 @@
+r"""The shortcut without parameters of He et al. 2015 (option A): a part of x, and zeros around it.
+
+.. math:: y = \mathrm{pad}(x[\mathrm{index}])
+
+Torch's backward of a slice fills a tensor of x's size with zeros for every dimension that is
+sliced, contiguous whatever x's layout. With x in channels_last the gradient of the convolution
+beside the shortcut is then added to the wrong layout, and batch normalization before both must copy
+the sum: at (128, 16, 32, 32) all this took 5 ms for every shortcut, of a step of 190.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["padded_part"]
+
+
+def padded_part(x: Tensor, index: tuple[slice, ...], pad: tuple[int, ...]) -> Tensor:
+    """``F.pad(x[index], pad)``, and a gradient that is laid out as x is.
+
+    Args:
+        x: any tensor.
+        index: slices of x's first dimensions.
+        pad: zeros before and behind, of the last dimension first, as ``F.pad`` takes them; none
+            negative.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad) or not _is_plain(x):
+        return F.pad(x[index], pad)
+    return cast(Tensor, cast(Any, _PaddedPart).apply(x, index, pad))
+
+
+def _is_plain(x: Tensor) -> bool:
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or x.layout is not torch.strided
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+class _PaddedPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: tuple[slice, ...], pad: tuple[int, ...]) -> Tensor:
+        # The gradient has x's strides where they are those of a dense tensor.
+        ctx.like = torch.empty_like(x, device="meta")
+        ctx.index = index
+        y = F.pad(x[index], pad)
+        before = (0,) * (y.dim() - len(pad) // 2) + tuple(pad[-2::-2])
+        behind = (0,) * (y.dim() - len(pad) // 2) + tuple(pad[::-2])
+        ctx.inner = tuple(
+            slice(b, size - e) for b, e, size in zip(before, behind, y.shape, strict=True)
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = torch.zeros_like(ctx.like, device=grad.device, dtype=grad.dtype)
+        grad_x[ctx.index] = grad[ctx.inner]
+        return grad_x, None, None
