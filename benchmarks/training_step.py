@@ -48,6 +48,9 @@ KEYS = COLUMNS[:5]
 
 DOCUMENT = runner.ROOT / "docs" / "training-step.md"
 
+SECOND = runner.RESULTS / "training_step_second.csv"
+"""What another machine measured; its figures stand in the document beside this one's."""
+
 STEP = "step"
 
 CONTIGUOUS, CHANNELS_LAST, AUTO = "contiguous", "channels_last", "auto"
@@ -296,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.output.resolve() == runner.RESULTS:
         runner.write_section("training-step", table(rows), [DOCUMENT])
         runner.write_section("training-step-fused", fused_table(rows), [DOCUMENT])
+        runner.write_section("training-step-second", table(runner.read_rows(SECOND)), [DOCUMENT])
     print(f"\n{path}")
     return 0
 

@@ -28,6 +28,7 @@
 #include "layout.h"
 #include "mask.h"
 #include "scratch.h"
+#include "vectors.h"
 
 namespace normdrop {
 namespace {
@@ -53,42 +54,6 @@ DataType data_type_of(const Tensor& x) {
       STD_TORCH_CHECK(false, "batch_norm: x must be float32, float64, bfloat16 or float16");
       return kFloat32;
   }
-}
-
-void check_vector(const Tensor& vector, int64_t count, const char* name) {
-  STD_TORCH_CHECK(vector.numel() == count, "batch_norm: ", name, " must have ", count,
-                  " elements, got ", vector.numel());
-  STD_TORCH_CHECK(vector.is_cpu(), "batch_norm: ", name, " must be on the CPU, where x is");
-}
-
-// Calls use(pointer) with the elements of a small floating-point vector, float or double.
-template <class Use>
-void with_elements(const Tensor& vector, const Use& use) {
-  Tensor source = vector.is_contiguous() ? vector : torch::stable::contiguous(vector);
-  const ScalarType type = source.scalar_type();
-  if (type == ScalarType::Float) {
-    use(static_cast<const float*>(source.data_ptr()));
-    return;
-  }
-  if (type != ScalarType::Double) {
-    source = torch::stable::to(source, ScalarType::Double);
-  }
-  use(static_cast<const double*>(source.data_ptr()));
-}
-
-void copy_to(double* result, const Tensor& vector, int64_t count, const char* name) {
-  check_vector(vector, count, name);
-  with_elements(vector, [&](const auto* p) { std::copy(p, p + count, result); });
-}
-
-Tensor vector_of(const double* values, int64_t count, ScalarType type) {
-  Tensor result = new_vector(count, type == ScalarType::Float ? type : ScalarType::Double);
-  if (type == ScalarType::Float) {
-    std::copy(values, values + count, static_cast<float*>(result.data_ptr()));
-    return result;
-  }
-  std::copy(values, values + count, static_cast<double*>(result.data_ptr()));
-  return type == ScalarType::Double ? result : torch::stable::to(result, type);
 }
 
 int64_t bytes_of(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); }
@@ -657,65 +622,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_cpu(
           grad_residual};
 }
 
-// ---- Running statistics ------------------------------------------------------------------------
-
-enum Nonfinite { kPropagate, kSkip, kRaise };
-
-// r <- (1 - momentum) r + momentum * batch.
-void move_running(Tensor& running, const double* batch, int64_t count, double momentum,
-                  double factor) {
-  const auto moved = [&](double old, int64_t c) {
-    return (1.0 - momentum) * old + momentum * (batch[c] * factor);
-  };
-  if (running.scalar_type() == ScalarType::Float && running.is_contiguous()) {
-    float* p = static_cast<float*>(running.data_ptr());
-    for (int64_t c = 0; c < count; ++c) {
-      p[c] = static_cast<float>(moved(p[c], c));
-    }
-    return;
-  }
-  Tensor result = new_vector(count, ScalarType::Double);
-  double* p = static_cast<double*>(result.data_ptr());
-  copy_to(p, running, count, "the running statistics");
-  for (int64_t c = 0; c < count; ++c) {
-    p[c] = moved(p[c], c);
-  }
-  torch::stable::copy_(running, result);
-}
-
-void batch_norm_update_cpu(Tensor running_mean, Tensor running_var, const Tensor& mean,
-                           const Tensor& var, int64_t count, double momentum, int64_t nonfinite) {
-  const int64_t channels = mean.numel();
-  check_vector(var, channels, "var");
-  check_vector(running_mean, channels, "running_mean");
-  check_vector(running_var, channels, "running_var");
-  if (count == 0) {
-    return;
-  }
-  std::vector<double> batch(static_cast<size_t>(2 * channels));
-  copy_to(batch.data(), mean, channels, "mean");
-  copy_to(batch.data() + channels, var, channels, "var");
-  if (nonfinite != kPropagate) {
-    for (int64_t c = 0; c < channels; ++c) {
-      if (!std::isfinite(batch[c]) || !std::isfinite(batch[channels + c])) {
-        STD_TORCH_CHECK(nonfinite != kRaise, "batch_norm: channel ", c,
-                        " of the input holds NaN or infinity");
-        return;
-      }
-    }
-  }
-  const double unbias =
-      static_cast<double>(count) / static_cast<double>(std::max<int64_t>(count - 1, 1));
-  move_running(running_mean, batch.data(), channels, momentum, 1.0);
-  move_running(running_var, batch.data() + channels, channels, momentum, unbias);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(normdrop, CPU, m) {
   m.impl("batch_norm", TORCH_BOX(&batch_norm_cpu));
   m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward_cpu));
-  m.impl("batch_norm_update", TORCH_BOX(&batch_norm_update_cpu));
 }
 
 }  // namespace normdrop

@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(normdrop, m) {
-  // Batch normalization (batch_norm.cpp).
+  // Batch normalization (batch_norm.cpp, batch_norm_update.cpp).
   //
   // y = act((x - mean) / sqrt(var + eps) * weight + bias + residual), x: (N, C, ...), where
   // act(z) = z for z > 0 and slope * z elsewhere: slope 1 is the identity, 0 is ReLU. In training

@@ -29,12 +29,13 @@ def padded_part(x: Tensor, index: tuple[slice, ...], pad: tuple[int, ...]) -> Te
         pad: zeros before and behind, of the last dimension first, as ``F.pad`` takes them; none
             negative.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad) or not _is_plain(x):
+    if not _is_plain(x) or not (torch.is_grad_enabled() and x.requires_grad):
         return F.pad(x[index], pad)
     return cast(Tensor, cast(Any, _PaddedPart).apply(x, index, pad))
 
 
 def _is_plain(x: Tensor) -> bool:
+    """Not what torch.fx traces, nor a subclass, nor seen by a transform."""
     return not (
         torch.compiler.is_compiling()
         or type(x) is not Tensor

@@ -132,8 +132,8 @@ def plan(
     """
     check_model("plan", model)
     check_choice("memory", memory, Memory)
-    notes = _notes(model, layout, linear, memory)
     found = fusion.find(model) if fuse else []
+    notes = _notes(model, layout, linear, memory, found)
     fusible = {id(norm): text for scope in found for norm, text in scope.fused()}
     against = fusion.reasons_against(model) if fuse else {}
     present = dict(fusion.fused_in(model))
@@ -165,9 +165,16 @@ def plan(
 
 
 def _notes(
-    model: torch.nn.Module, layout: Layout, linear: Products, memory: Memory
+    model: torch.nn.Module,
+    layout: Layout,
+    linear: Products,
+    memory: Memory,
+    found: list[fusion.Scope],
 ) -> tuple[str, ...]:
     notes = []
+    count = sum(not scope.fused() for scope in found)
+    if count:
+        notes.append(f"shortcuts: {count} that slice and pad become one call")
     if layout != "keep":
         count = len(weights_to_lay_out(model, layout))
         notes.append(f"layout: {count} convolution weight{'s' * (count != 1)} in channels_last")
