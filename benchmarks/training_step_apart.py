@@ -151,8 +151,9 @@ def line(row: Row) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Milliseconds of a step as users run it; all threads."""
     threads = max((row["threads"] for row in rows), default=1)
-    header = ["a step, ms", "torch", "torch, channels_last", "converted", "the three kept"]
-    header += ["", "", "× torch", "× better layout", "to reach"]
+    ways = ["torch", "torch, channels_last", "converted"]
+    header = ["a step, ms", *ways, *(f"{way}, kept" for way in ways)]
+    header += ["× torch", "× better layout", "to reach"]
     lines = []
     for case in CASES:
         found = {
