@@ -81,9 +81,7 @@ class Worker:
         self.faults.append(faults)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
@@ -198,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for case in chosen:
         shape = ", ".join(map(str, case.shape))
-        print(f"\n{case.name} ({shape}), {options.threads[0]} threads\n{HEAD}")
+        threads = options.threads[0]
+        print(f"\n{case.name} ({shape}), {threads} thread{'s' * (threads > 1)}\n{HEAD}")
         new = measure(case, options)
         print("\n".join(map(line, new)), flush=True)
         rows = runner.merge(path, new, COLUMNS, KEYS)

@@ -252,6 +252,41 @@ def test_training_step_tables_hold_the_measured_figures(script):
     ) in training_step.table(rows)
 
 
+def test_training_step_apart_runs_each_way_in_its_own_process(script, tmp_path, capsys):
+    apart = script("training_step_apart")
+    arguments = ["--quick", "--threads", "1", "--filter", "MLP", "--output", str(tmp_path)]
+    assert apart.main(arguments) == 0
+    rows = read(tmp_path / "training_step_apart.csv")
+    assert set(rows[0]) == {*apart.COLUMNS, "processor", "torch"}
+    ways = {(row["provider"], row["layout"], row["memory"]) for row in rows}
+    assert ways == {
+        (*way, memory)
+        for way in (("torch", "contiguous"), ("convert", "auto"))
+        for memory in ("as it comes", "kept")
+    }
+    for row in rows:
+        assert 0 < float(row["min_ms"]) <= float(row["p75"])
+        assert int(row["page_faults"]) >= 0
+    assert "MLP (4, 784), 1 thread\n" in capsys.readouterr().out
+
+
+def test_training_step_apart_compares_with_torch_as_it_comes(script):
+    apart = script("training_step_apart")
+    ways = [("torch", "contiguous", 290.0), ("torch", "channels_last", 240.0)]
+    ways += [("convert", "auto", 237.0)]
+    rows = [
+        {"network": "ResNet-20", "threads": 2, "provider": provider, "layout": layout}
+        | {"memory": memory, "median_ms": time / (1 if memory == "as it comes" else 2)}
+        | {"ratio": 2.44, "ratio_best": 2.02}
+        for memory in ("as it comes", "kept")
+        for provider, layout, time in ways
+    ]
+    assert (
+        "| ResNet-20 (128, 3, 32, 32) | 290 | 240 | 237 | 145 | 120 | 118 | 2.44 | 2.02 | "
+        "1.4 / 1.15 |"
+    ) in apart.table(rows)
+
+
 def test_the_networks_of_the_benchmark_are_ours_written_by_a_user(script):
     training_step = script("training_step")
     for case in training_step.CASES:
