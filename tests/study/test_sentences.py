@@ -230,6 +230,11 @@ def test_describe_dropout_warns_of_a_keep_that_is_too_low(run):
     curves["train_accuracy"][-1] = 0.75
     fine = dataclasses.replace(with_metrics(run, **curves), dropout_layers=layers)
     assert not layer_sentences.describe_dropout(fine).warning
+    assert "cannot tell" not in layer_sentences.describe_dropout(fine).sign
+    early = with_metrics(run, train_accuracy=[0.2, 0.5], val_accuracy=[0.5, 0.8])
+    early = dataclasses.replace(early, dropout_layers=layers)
+    assert not layer_sentences.describe_dropout(early).warning
+    assert "fewer than three epochs cannot tell" in layer_sentences.describe_dropout(early).sign
     none = dataclasses.replace(run, dropout_layers=layers[1:])
     assert "No value was dropped" in layer_sentences.describe_dropout(none).seen
 

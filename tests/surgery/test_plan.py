@@ -70,3 +70,14 @@ def test_a_plan_counts_what_the_other_options_change():
 def test_a_plan_refuses_another_word(name):
     with pytest.raises(UserError, match=f"Expected `{name}` to be"):
         normdrop.plan(torch.nn.ReLU(), **{name: "lots"})
+
+
+def test_a_fuse_that_is_no_flag_is_refused():
+    with pytest.raises(TypeError, match="plan: expected `fuse` to be True or False but got 'no'"):
+        normdrop.plan(torch.nn.BatchNorm1d(2), fuse="no")
+
+
+def test_memory_is_noted_where_there_is_batch_normalization():
+    note = "memory: outputs of batch normalization are worked out again in backward"
+    assert note in str(normdrop.plan(torch.nn.BatchNorm1d(2), memory="low"))
+    assert note not in str(normdrop.plan(torch.nn.Linear(2, 2), memory="low"))

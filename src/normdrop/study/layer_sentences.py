@@ -187,8 +187,9 @@ def describe_dropout(run: RunFolder) -> Sentence:
             "a higher keep may learn more.",
             warning=True,
         )
+    few = "" if len(train) >= 3 else "; a run of fewer than three epochs cannot tell"
     return Sentence(
         seen,
         "A warning sign would be a training accuracy more than 10 points below the validation "
-        "accuracy, since then keep is probably too low.",
+        f"accuracy, since then keep is probably too low{few}.",
     )

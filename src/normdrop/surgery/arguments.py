@@ -8,7 +8,7 @@ import torch
 
 from normdrop.errors import UserError
 
-__all__ = ["check_choice", "check_model"]
+__all__ = ["check_choice", "check_flag", "check_model"]
 
 
 def check_model(who: str, model: Any) -> None:
@@ -36,3 +36,9 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     if value not in words:
         *most, last = [f'"{word}"' for word in words]
         raise UserError(f"Expected `{name}` to be {', '.join(most)} or {last} but got {value!r}")
+
+
+def check_flag(who: str, name: str, value: Any) -> None:
+    """Raise TypeError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{who}: expected `{name}` to be True or False but got {value!r}")

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from normdrop.surgery import fusion
-from normdrop.surgery.arguments import check_choice, check_model
+from normdrop.surgery.arguments import check_choice, check_flag, check_model
 from normdrop.surgery.layout import Layout, set_layout
 from normdrop.surgery.linear import Products, restore_linear, set_linear
 from normdrop.surgery.memory import Memory, keep_memory, with_memory
@@ -82,8 +82,7 @@ def convert(
         <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
     check_model("convert", model)
-    if not isinstance(fuse, bool):
-        raise TypeError(f"convert: expected `fuse` to be True or False but got {fuse!r}")
+    check_flag("convert", "fuse", fuse)
     for name, value, choices in (
         ("layout", layout, Layout),
         ("linear", linear, Products),

@@ -11,7 +11,8 @@ import torch
 
 from normdrop import nn
 from normdrop.surgery import fusion
-from normdrop.surgery.arguments import check_choice, check_model
+from normdrop.surgery.arguments import check_choice, check_flag, check_model
+from normdrop.surgery.fusion_modules import is_norm
 from normdrop.surgery.layout import Layout, weights_to_lay_out
 from normdrop.surgery.linear import Products, layers_to_choose
 from normdrop.surgery.memory import Memory
@@ -119,7 +120,7 @@ def plan(
 
     Raises:
         UserError: another ``layout``, ``linear`` or ``memory``.
-        TypeError: no module.
+        TypeError: no module, or a ``fuse`` that is neither True nor False.
 
     Example:
         >>> block = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8),
@@ -131,6 +132,7 @@ def plan(
         1 fuse, 1 replace
     """
     check_model("plan", model)
+    check_flag("plan", "fuse", fuse)
     check_choice("memory", memory, Memory)
     found = fusion.find(model) if fuse else []
     notes = _notes(model, layout, linear, memory, found)
@@ -181,7 +183,7 @@ def _notes(
     if linear != "keep":
         count = len(layers_to_choose(model, linear))
         notes.append(f"linear: {count} linear layer{'s' * (count != 1)} may take oneDNN's products")
-    if memory != "normal":
+    if memory != "normal" and any(map(is_norm, model.modules())):
         notes.append("memory: outputs of batch normalization are worked out again in backward")
     return tuple(notes)
 
