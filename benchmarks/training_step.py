@@ -195,12 +195,16 @@ def measure(case: Case, threads: int, repeats: int, fused: bool, peers: bool) ->
         }
         for way, sample in zip(ways, samples, strict=True)
     ]
-    eager = [row for row in rows if row["provider"] == "torch"]
+    compare(rows, [row for row in rows if row["provider"] == "torch"])
+    return rows
+
+
+def compare(rows: Sequence[Row], eager: Sequence[Row]) -> None:
+    """Say of every row how many times as fast it is as torch eager, whose first row is in NCHW."""
     for row in rows:
         row["ratio"] = eager[0]["median_ms"] / row["median_ms"]
         row["ratio_best"] = min(r["median_ms"] for r in eager) / row["median_ms"]
         row["ratio_min"] = eager[0]["min_ms"] / row["min_ms"]
-    return rows
 
 
 HEAD = (

@@ -26,7 +26,7 @@ import torch
 import normdrop
 import runner
 from runner import Row
-from training_step import AUTO, CASES, DOCUMENT, QUICK, STEP, Case, milliseconds, providers
+from training_step import AUTO, CASES, DOCUMENT, QUICK, STEP, Case, compare, milliseconds, providers
 
 COLUMNS = (
     "network",
@@ -123,12 +123,9 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
     for worker in workers:
         worker.close()
         faults = sum(worker.faults) // len(worker.faults)
-        rows.append({**worker.row, **runner.summary(worker.seconds), "page_faults": faults})
-    eager = [r for r in rows if r["provider"] == "torch" and r["memory"] == COMES]
-    for row in rows:
-        row["ratio"] = eager[0]["median_ms"] / row["median_ms"]
-        row["ratio_best"] = min(r["median_ms"] for r in eager) / row["median_ms"]
-        row["samples"] = options.repeats
+        measured = {**runner.summary(worker.seconds), "samples": len(worker.seconds)}
+        rows.append({**worker.row, **measured, "page_faults": faults})
+    compare(rows, [r for r in rows if r["provider"] == "torch" and r["memory"] == COMES])
     return rows
 
 

@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep_freed_memory", "keep_freed_memory_unless_told"]
 
 # mallopt(3) of glibc.
 _TRIM_THRESHOLD = -1
@@ -18,12 +18,11 @@ def keep_freed_memory() -> bool:
 
     glibc's allocator, which PyTorch uses on the CPU under Linux, hands large freed blocks back to
     the system, which clears them page by page when the next step asks again: measured, nothing to
-    a fifth of a step of training (docs/training-step.md). After this call freed blocks stay for
-    reuse, as on a GPU, until the process ends. Its size then falls no more; its peak grew by 10 %
-    at most in training, and by half where tensors of random sizes came and went. It holds for the
-    whole process, not for a model, so :func:`normdrop.convert` does not do it by itself.
-    ``normdrop train`` does, unless the environment sets glibc's own variables for it
-    (``MALLOC_TRIM_THRESHOLD_`` and the like).
+    a quarter of a step of training (docs/training-step.md). After this call freed blocks stay for
+    reuse, as on a GPU, until the process ends. Its size then falls no more, and its peak is
+    higher, the more so the more the sizes of tensors vary. It holds for the whole process, not for
+    a model, so :func:`normdrop.convert` does not do it by itself. ``normdrop train`` does, unless
+    the environment sets glibc's own variables for it (``MALLOC_TRIM_THRESHOLD_`` and the like).
 
     Call it before the first step. With another allocator, loaded by ``LD_PRELOAD`` (jemalloc,
     tcmalloc), it changes nothing. Values that are computed do not depend on it.

@@ -114,4 +114,7 @@ def test_copies_and_pickles_keep_them():
 
 def test_our_own_network_traces_and_has_such_shortcuts():
     network = networks.resnet(8, classes=2, shortcut="pad")
-    assert any("pad" in str(node) for node in torch.fx.symbolic_trace(network).graph.nodes)
+    targets = [node.target for node in torch.fx.symbolic_trace(network).graph.nodes]
+    assert targets.count(F.pad) == 2
+    pads = [m for m in normdrop.convert(network).modules() if type(m).__name__ == "Pad"]
+    assert [is_fused(pad) for pad in pads] == [True, True]

@@ -5,7 +5,7 @@ r"""The shortcut without parameters of He et al. 2015 (option A): a part of x, a
 Torch's backward of a slice fills a tensor of x's size with zeros for every dimension that is
 sliced, contiguous whatever x's layout. With x in channels_last the gradient of the convolution
 beside the shortcut is then added to the wrong layout, and batch normalization before both must copy
-the sum: at (128, 16, 32, 32) all this took 5 ms for every shortcut, of a step of 190.
+the sum. Without all this a step of ResNet-20 took 2 % less by medians, and no less by minima.
 """
 
 from __future__ import annotations

@@ -174,9 +174,9 @@ def _notes(
     found: list[fusion.Scope],
 ) -> tuple[str, ...]:
     notes = []
-    count = sum(not scope.fused() for scope in found)
-    if count:
-        notes.append(f"shortcuts: {count} that slice and pad become one call")
+    shortcuts = [scope for scope in found if not scope.fused()]  # the others have a norm
+    if shortcuts:
+        notes.append(f"shortcuts: {len(shortcuts)} that slice and pad become one call")
     if layout != "keep":
         count = len(weights_to_lay_out(model, layout))
         notes.append(f"layout: {count} convolution weight{'s' * (count != 1)} in channels_last")
