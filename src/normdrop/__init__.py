@@ -26,9 +26,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from normdrop import functional, networks, nn
-    from normdrop.allocator import keep_freed_memory
     from normdrop.errors import UserError
     from normdrop.inspection.describe import describe
+    from normdrop.memory.allocator import keep_freed_memory
     from normdrop.ops import has_kernels
     from normdrop.surgery.accumulate import accumulate
     from normdrop.surgery.convert import convert, revert
@@ -44,7 +44,7 @@ _HOME = {
     "fold_plan": "normdrop.surgery.fold",
     "functional": "normdrop",
     "has_kernels": "normdrop.ops",
-    "keep_freed_memory": "normdrop.allocator",
+    "keep_freed_memory": "normdrop.memory.allocator",
     "networks": "normdrop",
     "nn": "normdrop",
     "plan": "normdrop.surgery.plan",

@@ -50,7 +50,7 @@ def train(
         resume: a run folder to go on with; its own options hold, but for
             --max-time and --no-report.
     """
-    from normdrop.allocator import keep_freed_memory_unless_told
+    from normdrop.memory.allocator import keep_freed_memory_unless_told
     from normdrop.training.fit import train
     from normdrop.training.show import conclude
 

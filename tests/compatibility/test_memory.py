@@ -10,8 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import normdrop
-from normdrop.ops import recompute
-from normdrop.surgery.memory import is_saving_memory, save_memory
+from normdrop.memory import recompute
+from normdrop.memory.low import is_saving_memory, save_memory
 
 pytestmark = pytest.mark.skipif(
     not normdrop.has_kernels(), reason="outputs of the kernel are computed again"

@@ -8,8 +8,8 @@ import yaml
 import normdrop
 from normdrop import cli
 from normdrop.errors import UserError
-from normdrop.ops import recompute
-from normdrop.surgery.memory import is_saving_memory
+from normdrop.memory import recompute
+from normdrop.memory.low import is_saving_memory
 from normdrop.training.fit import Stopped, train
 from normdrop.training.task import Task
 from normdrop.training.weights import load_network

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from normdrop.errors import UserError
 from normdrop.inspection.description import Description, Layer
-from normdrop.ops import recompute
+from normdrop.memory import recompute
 from normdrop.surgery import fusion
 
 __all__ = ["describe", "parse_input"]

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from normdrop import nn
 from normdrop.errors import UserError
+from normdrop.memory.low import Memory, with_memory
 from normdrop.networks.layers import check_count, check_keep, dropout, initialize, norm1d
 from normdrop.nn.linear import Linear
-from normdrop.surgery.memory import Memory, with_memory
 
 __all__ = ["MLP", "mlp"]
 

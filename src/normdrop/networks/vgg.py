@@ -7,6 +7,7 @@ from torch import Tensor
 
 from normdrop import nn
 from normdrop.errors import UserError
+from normdrop.memory.low import Memory, with_memory
 from normdrop.networks import layers as pieces
 from normdrop.networks.layers import (
     check_count,
@@ -17,7 +18,6 @@ from normdrop.networks.layers import (
 )
 from normdrop.nn.linear import Linear
 from normdrop.surgery.layout import Layout, set_layout
-from normdrop.surgery.memory import Memory, with_memory
 
 __all__ = ["VGG", "vgg"]
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from normdrop import nn
 from normdrop.errors import UserError
+from normdrop.memory.low import Memory, with_memory
 from normdrop.networks import layers as pieces
 from normdrop.networks.layers import (
     check_count,
@@ -15,7 +16,6 @@ from normdrop.networks.layers import (
     norm2d,
 )
 from normdrop.surgery.layout import Layout, set_layout
-from normdrop.surgery.memory import Memory, with_memory
 
 __all__ = ["WideBlock", "WideResNet", "wide_resnet"]
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from normdrop.memory import recompute
 from normdrop.ops import batch_norm_twice as twice
 from normdrop.ops import dropout as dropout_ops
-from normdrop.ops import has_kernels, recompute, reference
+from normdrop.ops import has_kernels, reference
 
 __all__ = ["batch_norm"]
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normdrop.ops import has_kernels, recompute, reference
+from normdrop.memory import recompute
+from normdrop.ops import has_kernels, reference
 from normdrop.ops.random import keep_mask, make_seed
 
 __all__ = ["alpha_dropout", "dropout", "make_seed"]

@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from normdrop.arguments import check_model
 from normdrop.nn import batch_norm as ours
 from normdrop.nn.batch_norm import MicroBatches, is_recomputation
-from normdrop.surgery.arguments import check_model
 
 __all__ = ["accumulate"]
 

@@ -6,11 +6,11 @@ from typing import TypeVar
 
 import torch
 
+from normdrop.arguments import check_choice, check_flag, check_model
+from normdrop.memory.low import Memory, restore_memory, with_memory
 from normdrop.surgery import fusion
-from normdrop.surgery.arguments import check_choice, check_flag, check_model
 from normdrop.surgery.layout import Layout, set_layout
 from normdrop.surgery.linear import Products, restore_linear, set_linear
-from normdrop.surgery.memory import Memory, keep_memory, with_memory
 from normdrop.surgery.plan import CLASSES, replaceable
 
 __all__ = ["convert", "revert"]
@@ -131,7 +131,7 @@ def revert(model: _Module) -> _Module:
                 )
     fusion.remove(model)
     restore_linear(model)
-    keep_memory(model)
+    restore_memory(model)
     for _, module in ours:
         for name in _extras(module):
             vars(module).pop(name, None)

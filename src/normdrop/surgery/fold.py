@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from normdrop.arguments import check_model
 from normdrop.errors import UserError
-from normdrop.surgery import fold_fuse, fusion, memory
-from normdrop.surgery.arguments import check_model
+from normdrop.memory.low import restore_memory
+from normdrop.surgery import fold_fuse, fusion
 from normdrop.surgery.fold_calls import AddActivate
 from normdrop.surgery.fold_match import Match, Matches, find_matches, find_scopes
 
@@ -207,7 +208,7 @@ def _copy(model: torch.nn.Module) -> torch.nn.Module:
 def _fold(model: torch.nn.Module, fuse_convolutions: bool) -> None:
     # What convert did for training is undone first; a norm that is left keeps its class.
     fusion.remove(model)
-    memory.keep_memory(model)
+    restore_memory(model)
     scopes = list(find_scopes(model))
     matches = find_matches(model, scopes)
     for match in matches.found:

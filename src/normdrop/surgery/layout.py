@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from normdrop.surgery.arguments import check_choice
+from normdrop.arguments import check_choice
 
 __all__ = ["Layout", "set_layout", "weights_to_lay_out"]
 

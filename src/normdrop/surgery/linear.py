@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
+from normdrop.arguments import check_choice
 from normdrop.nn.linear import Linear
-from normdrop.surgery.arguments import check_choice
 
 __all__ = ["Products", "layers_to_choose", "restore_linear", "set_linear"]
 

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 
 from normdrop import nn
+from normdrop.arguments import check_choice, check_flag, check_model
+from normdrop.memory.low import Memory
 from normdrop.surgery import fusion
-from normdrop.surgery.arguments import check_choice, check_flag, check_model
 from normdrop.surgery.fusion_modules import is_norm
 from normdrop.surgery.layout import Layout, weights_to_lay_out
 from normdrop.surgery.linear import Products, layers_to_choose
-from normdrop.surgery.memory import Memory
 
 __all__ = ["CLASSES", "Plan", "Row", "plan"]
 

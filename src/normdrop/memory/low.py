@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from normdrop.ops import recompute
-from normdrop.surgery.arguments import check_choice
+from normdrop.arguments import check_choice
+from normdrop.memory import recompute
 
-__all__ = ["Memory", "is_saving_memory", "keep_memory", "save_memory", "with_memory"]
+__all__ = ["Memory", "is_saving_memory", "restore_memory", "save_memory", "with_memory"]
 
 Memory = Literal["normal", "low"]
 """What a model keeps for backward: what autograd asks for, or less; see :func:`save_memory`."""
@@ -76,11 +76,11 @@ def save_memory(model: _Module) -> _Module:
     return model
 
 
-def keep_memory(model: _Module) -> _Module:
+def restore_memory(model: _Module) -> _Module:
     """Undo :func:`save_memory`, on the model and on all its parts.
 
     Example:
-        >>> model = keep_memory(save_memory(torch.nn.ReLU()))
+        >>> model = restore_memory(save_memory(torch.nn.ReLU()))
         >>> is_saving_memory(model)
         False
     """

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from normdrop import allocator, cli
+from normdrop import cli
 from normdrop.errors import UserError
+from normdrop.memory import allocator
 
 HAS_GLIBC = platform.libc_ver()[0] == "glibc"
 

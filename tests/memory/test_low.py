@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 import normdrop
 from normdrop import networks
-from normdrop.ops import batch_norm, recompute
-from normdrop.surgery.memory import is_saving_memory, keep_memory, save_memory
+from normdrop.memory import recompute
+from normdrop.memory.low import is_saving_memory, restore_memory, save_memory
+from normdrop.ops import batch_norm
 
 pytestmark = pytest.mark.skipif(
     not normdrop.has_kernels(), reason="outputs of the kernel are computed again"
@@ -365,7 +366,7 @@ def test_saving_within_a_model_that_saves():
     outer = save_memory(torch.nn.Sequential(save_memory(inner)))
     assert same(step(plain, batch()), step(outer, batch()))
     assert kept(outer, batch()) == kept(save_memory(plain), batch())
-    assert not list(keep_memory(outer)[0]._forward_pre_hooks)
+    assert not list(restore_memory(outer)[0]._forward_pre_hooks)
     assert recompute.active() is None
 
 
@@ -400,7 +401,7 @@ def test_copies_and_pickles_save_too_and_undoing_leaves_nothing():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert is_saving_memory(other)
         assert kept(other, batch()) == kept(model, batch())
-    assert not is_saving_memory(keep_memory(model))
+    assert not is_saving_memory(restore_memory(model))
     for module, before in zip(model.modules(), hooks, strict=True):
         for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called"):
             assert vars(module)[name] == before[name] == {}
