@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
-CSRC   := $(wildcard src/normdrop/csrc/*)
+CSRC   := $(shell find src/normdrop/csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: train test lint format bench wheel build sanitize clean help
 .DELETE_ON_ERROR:
@@ -32,12 +32,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run -Werror $(wildcard src/normdrop/csrc/*.cpp src/normdrop/csrc/*.h)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard src/normdrop/csrc/*.cpp src/normdrop/csrc/*.h)
+	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py $(BENCH_ARGS)

@@ -86,7 +86,7 @@ class BuildKernels(build_ext):
         macros += [(f"NORMDROP_HAVE_{name.upper()}", "1") for name in INSTRUCTION_SETS]
         # Torch's headers as system headers: their warnings are not ours.
         flags += [f"-isystem{torch / 'include'}"]
-        newest_header = max(p.stat().st_mtime for p in [*SOURCES.glob("*.h"), Path(__file__)])
+        newest_header = max(p.stat().st_mtime for p in [*SOURCES.rglob("*.h"), Path(__file__)])
 
         def compile_one(job: tuple[str, str | None]) -> str:
             source, isa = job
@@ -101,7 +101,7 @@ class BuildKernels(build_ext):
                 [source],
                 output_dir=str(folder),
                 macros=macros + extra,
-                include_dirs=self.include_dirs,
+                include_dirs=ext.include_dirs + self.include_dirs,
                 extra_postargs=flags + INSTRUCTION_SETS[isa or "baseline"],
                 depends=ext.depends,
             )
@@ -159,8 +159,9 @@ setup(
     ext_modules=[
         Extension(
             "normdrop._C",
-            sources=[path.as_posix() for path in sorted(SOURCES.glob("*.cpp"))],
-            depends=[path.as_posix() for path in sorted(SOURCES.glob("*.h"))],
+            sources=[path.as_posix() for path in sorted(SOURCES.rglob("*.cpp"))],
+            depends=[path.as_posix() for path in sorted(SOURCES.rglob("*.h"))],
+            include_dirs=[SOURCES.as_posix()],
             language="c++",
             py_limited_api=True,
         )

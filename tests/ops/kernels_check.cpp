@@ -5,8 +5,8 @@
 #include <cstring>
 #include <vector>
 
-#include "dropout_kernels.h"
-#include "simd.h"
+#include "dropout/kernels.h"
+#include "base/simd.h"
 
 using namespace normdrop;
 using namespace normdrop::NORMDROP_ISA;

@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(normdrop, m) {
-  // Batch normalization (batch_norm.cpp, batch_norm_update.cpp).
+  // Batch normalization (batch_norm/batch_norm.cpp, batch_norm/update.cpp).
   //
   // y = act((x - mean) / sqrt(var + eps) * weight + bias + residual), x: (N, C, ...), where
   // act(z) = z for z > 0 and slope * z elsewhere: slope 1 is the identity, 0 is ReLU. In training
@@ -31,12 +31,12 @@ STABLE_TORCH_LIBRARY(normdrop, m) {
       "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
       "Tensor var, SymInt count, float momentum, int nonfinite) -> ()");
 
-  // Dropout (dropout.cpp).
+  // Dropout (dropout/dropout.cpp).
   //
   // y = scale * x + shift where the mask keeps, fill where it drops; shift and fill are 0 but for
   // alpha dropout. The mask is a function of the seed and of the element's logical index, counted
-  // from sample 0 of the whole batch; see random.h. threshold = round(keep * 2^32). All elements
-  // along shared_dims (in [0, x.dim())) share one draw.
+  // from sample 0 of the whole batch; see mask/random.h. threshold = round(keep * 2^32). All
+  // elements along shared_dims (in [0, x.dim())) share one draw.
   m.def(
       "dropout(Tensor x, Tensor seed, int threshold, float scale, float shift, float fill, "
       "SymInt sample_offset, int[] shared_dims) -> Tensor");

@@ -17,11 +17,11 @@
 #include <optional>
 #include <type_traits>
 
-#include "batch_norm_kernels.h"
-#include "layout.h"
-#include "mask.h"
-#include "scratch.h"
-#include "vectors.h"
+#include "base/layout.h"
+#include "base/scratch.h"
+#include "base/vectors.h"
+#include "batch_norm/kernels.h"
+#include "mask/mask.h"
 
 namespace normdrop {
 

@@ -1,4 +1,4 @@
-// Batch normalization of columns: inner = 1. See batch_norm_loops.h.
+// Batch normalization of columns: inner = 1. See loops.h.
 //
 // A row has a multiple of kColumnMultiple columns, so it is whole vectors and whole bytes of bits.
 // Memory wants few streams, each read in order: beyond the second-level cache, sums that took four
@@ -7,7 +7,7 @@
 // stay in registers (flat); elsewhere they take a few rows together, so that constants and sums are
 // loaded and stored less often, and fetch the rows after those into the second-level cache.
 
-#include "batch_norm_loops.h"
+#include "batch_norm/loops.h"
 
 namespace normdrop::NORMDROP_ISA {
 namespace {

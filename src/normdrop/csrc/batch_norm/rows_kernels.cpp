@@ -1,6 +1,6 @@
-// Batch normalization of rows: inner > 1. See batch_norm_loops.h.
+// Batch normalization of rows: inner > 1. See loops.h.
 
-#include "batch_norm_loops.h"
+#include "batch_norm/loops.h"
 
 namespace normdrop::NORMDROP_ISA {
 namespace {

@@ -1,5 +1,5 @@
-// Batch normalization: the two operators. What is prepared for both is in batch_norm_work.h; the
-// loops and their algebra are in batch_norm_rows_kernels.cpp and batch_norm_columns_kernels.cpp.
+// Batch normalization: the two operators. What is prepared for both is in work.h; the
+// loops and their algebra are in rows_kernels.cpp and columns_kernels.cpp.
 //
 // Statistics come from partial sums over blocks that depend on the shape alone, merged in a fixed
 // order in double. So the result has the same bits for any number of threads.
@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "batch_norm_work.h"
+#include "batch_norm/work.h"
 
 namespace normdrop {
 namespace {

@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "layout.h"
-#include "random.h"
+#include "base/layout.h"
+#include "mask/random.h"
 
 namespace normdrop {
 

@@ -8,9 +8,9 @@
 // Work is split by elements, each of which depends on its own index only; so there is no race and
 // no dependence on the number of threads.
 
-#include "dropout_kernels.h"
+#include "dropout/kernels.h"
 
-#include "simd.h"
+#include "base/simd.h"
 
 namespace normdrop::NORMDROP_ISA {
 namespace {

@@ -43,7 +43,7 @@ static inline int64_t count_keep_words(uint64_t first, int64_t count) {
 
 #ifdef NORMDROP_ISA
 
-#include "simd.h"
+#include "base/simd.h"
 
 namespace normdrop::NORMDROP_ISA {
 namespace {

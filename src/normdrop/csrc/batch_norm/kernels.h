@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#include "dispatch.h"
+#include "base/dispatch.h"
 
 namespace normdrop {
 

@@ -1,5 +1,5 @@
 // Batch normalization: what its loops share, the arithmetic of one span of elements. The loops are
-// in batch_norm_rows_kernels.cpp and batch_norm_columns_kernels.cpp.
+// in rows_kernels.cpp and columns_kernels.cpp.
 //
 //   forward    y_hat = (x - mean) * invstd * weight + bias, computed as
 //              y_hat = (x - center) * scale + shift, center being the mean rounded to float,
@@ -20,9 +20,9 @@
 
 #pragma once
 
-#include "batch_norm_kernels.h"
+#include "batch_norm/kernels.h"
 
-#include "simd.h"
+#include "base/simd.h"
 
 namespace normdrop::NORMDROP_ISA {
 namespace {

@@ -8,11 +8,11 @@
 // Words and units are disjoint, and each depends on its own index only: there is no race and no
 // dependence on the number of threads.
 
-#include "mask.h"
+#include "mask/mask.h"
 
 #include <cstring>
 
-#include "dropout_kernels.h"
+#include "dropout/kernels.h"
 
 namespace normdrop {
 namespace {

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <vector>
 
-#include "vectors.h"
+#include "base/vectors.h"
 
 namespace normdrop {
 namespace {

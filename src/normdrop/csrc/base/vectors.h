@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "layout.h"
+#include "base/layout.h"
 
 namespace normdrop {
 

@@ -4,8 +4,8 @@
 
 #include <stdint.h>
 
-#include "dispatch.h"
-#include "random.h"
+#include "base/dispatch.h"
+#include "mask/random.h"
 
 namespace normdrop {
 

@@ -1,6 +1,6 @@
-// Batch normalization: what is done once a channel, in double. See batch_norm_loops.h.
+// Batch normalization: what is done once a channel, in double. See loops.h.
 
-#include "batch_norm_loops.h"
+#include "batch_norm/loops.h"
 
 namespace normdrop::NORMDROP_ISA {
 namespace {

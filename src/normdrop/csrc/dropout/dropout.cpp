@@ -1,5 +1,5 @@
 // Dropout: checks, the order in which memory is walked, and registration. The loops are in
-// dropout_kernels.cpp, the generator in random.h.
+// dropout_kernels.cpp, the generator in mask/random.h.
 //
 // The mask is defined on the input's logical (row-major) index. Memory is walked in the output's
 // own order: dimensions are sorted by stride and joined where they lie one after the other, each
@@ -7,7 +7,7 @@
 // with positions fastest in the mask (transposed), or anything else (strided). The latter two write
 // the mask's bits first, one bit an element, and read them in their own order.
 
-#include "dropout_kernels.h"
+#include "dropout/kernels.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
