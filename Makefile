@@ -40,7 +40,7 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/kernels.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.kernels $(BENCH_ARGS)
 
 wheel: $(VENV)/.build
 	NORMDROP_REQUIRE_KERNELS=1 $(BIN)/python -m pip --disable-pip-version-check wheel -q --no-build-isolation --no-deps -w dist .

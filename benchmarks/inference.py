@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import sys
 import tempfile
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import models
 import normdrop
-import runner
-from runner import FORWARD, Measure, Provider
+from benchmarks import harness, models
+from benchmarks.harness import FORWARD, Benchmark, Measure, Provider, Section, best, pick
 
 COLUMNS = (
-    *("network", "batch", "threads", "provider", "median_ms", "min_ms", "p25", "p75"),
+    *("network", "batch", "threads", "provider", *harness.TIMES),
     *("ratio", "ratio_min", "difference"),
 )
-KEYS = COLUMNS[:4]
+KEYS = 4
 
 EAGER = "eager"
 TITLES = {
@@ -100,7 +99,7 @@ def _session(model: torch.nn.Module, x: Tensor, folder: Path) -> Any:
 
 
 def _inference(function: Function) -> Measure:
-    measure = runner.forward_measure(function)
+    measure = harness.forward_measure(function)
 
     def run(count: int) -> dict[str, float]:
         with torch.inference_mode():
@@ -109,37 +108,55 @@ def _inference(function: Function) -> Measure:
     return run
 
 
-def rows_of(depth: int, batch: int, options: Any) -> list[runner.Row]:
-    """Measure one network with one size of batch and the present number of threads."""
+class Case(NamedTuple):
+    """A residual network, a size of batch, a number of threads."""
+
+    depth: int
+    batch: int
+    threads: int
+
+    def __str__(self) -> str:
+        of_threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return f"ResNet-{self.depth}, batch {self.batch}, {of_threads}"
+
+
+def cases(options: Namespace) -> Iterator[Case]:
+    depths, batches = ((18,), (2,)) if options.quick else ((18, 50), (1, 16))
+    for depth in depths:
+        for batch in batches:
+            for threads in options.threads:
+                yield Case(depth, batch, threads)
+
+
+def measure(case: Case, options: Namespace) -> list[harness.Row]:
+    """All rows of a case."""
     size, classes, width = (64, 10, 4) if options.quick else (224, 1000, 64)
-    model = user_network(depth, classes, width)
-    x = torch.randn(batch, 3, size, size)
+    model = user_network(case.depth, classes, width)
+    x = torch.randn(case.batch, 3, size, size)
     with torch.no_grad():
         wanted = copy.deepcopy(model).double()(x.double())
-    with tempfile.TemporaryDirectory() as folder:
+    with harness.threads(case.threads), tempfile.TemporaryDirectory() as folder:
         named = dict(functions(model, x, Path(folder)))
         with torch.inference_mode():
             differences = {
                 name: _difference(function(), wanted) for name, function in named.items()
             }
         providers = [Provider(name, "", _inference(function)) for name, function in named.items()]
-        samples = runner.run_in_turn(providers, options.repeats)
-    figures = {
-        p.name: runner.summary(s.seconds[FORWARD]) for p, s in zip(providers, samples, strict=True)
-    }
-    return [
+        samples = harness.run_in_turn(providers, options.repeats)
+    rows: list[harness.Row] = [
         {
-            "network": f"ResNet-{depth}",
-            "batch": batch,
-            "threads": torch.get_num_threads(),
-            "provider": name,
-            **figure,
-            "ratio": figures[EAGER]["median_ms"] / figure["median_ms"],
-            "ratio_min": figures[EAGER]["min_ms"] / figure["min_ms"],
-            "difference": differences[name],
+            "network": f"ResNet-{case.depth}",
+            "batch": case.batch,
+            "threads": case.threads,
+            "provider": provider.name,
+            **harness.summary(sample.seconds[FORWARD]),
+            "difference": differences[provider.name],
         }
-        for name, figure in figures.items()
+        for provider, sample in zip(providers, samples, strict=True)
     ]
+    for row in rows:
+        harness.compare(row, pick(rows, provider=EAGER))
+    return rows
 
 
 def _difference(y: Tensor, wanted: Tensor) -> float:
@@ -150,56 +167,44 @@ def _difference(y: Tensor, wanted: Tensor) -> float:
     return difference
 
 
-def table(rows: Sequence[runner.Row]) -> str:
+def line(row: harness.Row) -> str:
+    return f"  {row['provider']:16}{harness.times(row)}{row['ratio']:8.2f} {row['ratio_min']:7.2f}"
+
+
+def table(rows: Sequence[harness.Row]) -> str:
     """Milliseconds, and how many times faster than eager NCHW, by the medians."""
     lines = []
-    cases = dict.fromkeys((row["network"], row["batch"], row["threads"]) for row in rows)
-    names = [name for name in TITLES if any(row["provider"] == name for row in rows)]
-    for case in cases:
-        found = {
-            row["provider"]: row
-            for row in rows
-            if (row["network"], row["batch"], row["threads"]) == case
-        }
-        network, batch, threads = case
-        cells = [
-            f"{found[name]['median_ms']:.1f}"
-            + ("" if name == EAGER else f" ({found[name]['ratio']:.2f}×)")
-            if name in found
-            else ""
-            for name in names
-        ]
-        of_threads = "1 thread" if threads == 1 else f"{threads} threads"
+    names = [name for name in TITLES if pick(rows, provider=name)]
+    for network, batch, threads in dict.fromkeys(
+        (row["network"], row["batch"], row["threads"]) for row in rows
+    ):
+        found = pick(rows, network=network, batch=batch, threads=threads)
+        cells = []
+        for name in names:
+            row = best(found, provider=name)
+            ratio = f" ({row['ratio']:.2f}×)" if row and name != EAGER else ""
+            cells.append(harness.milliseconds(row) + ratio)
+        of_threads = f"{threads} thread{'s' * (threads > 1)}"
         lines.append([f"{network}, batch {batch}, {of_threads}", *cells])
-    return runner.markdown(["milliseconds", *(TITLES[name] for name in names)], lines)
+    return harness.markdown(["milliseconds", *(TITLES[name] for name in names)], lines)
+
+
+BENCHMARK = Benchmark(
+    claim="Measure inference of residual networks.",
+    stem="inference",
+    columns=COLUMNS,
+    keys=KEYS,
+    cases=cases,
+    measure=measure,
+    head=f"  {'provider':16}{harness.HEAD_OF_TIMES}{'× eager':>8} {'minima':>7}",
+    line=line,
+    sections=[Section("inference", table, [harness.ROOT / "docs" / "inference.md"])],
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
-    options = runner.parse("Measure inference of residual networks.", argv)
-    runner.print_machine()
-    path = options.output / "inference.csv"
-    depths, batches = ((18,), (2,)) if options.quick else ((18, 50), (1, 16))
-    merged = runner.merge(path, [], COLUMNS, KEYS)
-    for depth in depths:
-        for batch in batches:
-            for count in options.threads:
-                if not re.search(options.filter, f"resnet{depth} batch {batch} threads {count}"):
-                    continue
-                with runner.threads(count):
-                    rows = rows_of(depth, batch, options)
-                for row in rows:
-                    print(
-                        f"  {row['network']:12}batch {row['batch']:<4}threads {row['threads']:<3}"
-                        f"{row['provider']:16}{row['median_ms']:9.2f} ms, least "
-                        f"{row['min_ms']:9.2f} ms{row['ratio']:8.2f}×{row['ratio_min']:8.2f}×"
-                    )
-                merged = runner.merge(path, rows, COLUMNS, KEYS)
-    if options.output.resolve() == runner.RESULTS:
-        documents = (runner.ROOT / "docs" / "inference.md",)
-        runner.write_section("inference", table(merged), documents)
-    print(f"\n{path}")
-    return 0
+    return harness.run(BENCHMARK, argv)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ before; there, glibc is told to hand every freed tensor back, as other allocator
 from __future__ import annotations
 
 import gc
+import math
 import os
 import re
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,18 +29,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import models
 import normdrop
 import normdrop.nn
-import operators
-import runner
-from operators import OurReLUDropout, TorchAddReLU, TorchReLU, TorchReLUDropout, our_norm
+from benchmarks import harness, models, operators
+from benchmarks.harness import Benchmark, Section
+from benchmarks.operators import OurReLUDropout, TorchAddReLU, TorchReLU, TorchReLUDropout, our_norm
 
 COLUMNS = (
     "work", "shape", "dtype", "provider", "bytes", "elements", "bytes_per_element", "peak_mb",
     "threads", "median_ms", "min_ms", "ratio",
 )  # fmt: skip
-KEYS = COLUMNS[:4]
+KEYS = 4
 
 TORCH, OURS, LOW = "torch", "normdrop", "normdrop, low"
 
@@ -105,7 +106,7 @@ LAYERS: tuple[tuple[str, int, Callable[..., Any], Callable[..., Any]], ...] = (
 )
 
 
-def layer_rows(shape: operators.Shape) -> Iterator[runner.Row]:
+def layer_rows(shape: operators.Shape) -> Iterator[harness.Row]:
     for dtype in (torch.float32, torch.bfloat16):
         for work, inputs, theirs, ours in LAYERS:
             for provider, make in (("torch", theirs), ("normdrop", ours)):
@@ -113,17 +114,27 @@ def layer_rows(shape: operators.Shape) -> Iterator[runner.Row]:
                 yield _row(work, shape, dtype, provider, kept_bytes(make(shape), *given))
 
 
-NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], operators.Shape]] = {
-    "ResNet-50": (models.resnet50, (8, 3, 224, 224)),
-    "ResNet-18": (models.resnet18, (32, 3, 32, 32)),
-    "ResNet-20": (models.resnet20, (128, 3, 32, 32)),
-    "VGG-11": (models.VGG11, (16, 3, 64, 64)),
-    "DenseNet-40": (models.DenseNet, (64, 3, 32, 32)),
-}
+class Network(NamedTuple):
+    """A network and its batch."""
 
-QUICK: dict[str, tuple[Callable[[], torch.nn.Module], operators.Shape]] = {
-    "ResNet-20": (lambda: models.resnet20(4), (2, 3, 32, 32))
-}
+    work: str
+    make: Callable[[], torch.nn.Module]
+    shape: operators.Shape
+
+    def __str__(self) -> str:
+        return self.work
+
+
+NETWORKS = (
+    Network("ResNet-50", models.resnet50, (8, 3, 224, 224)),
+    Network("ResNet-18", models.resnet18, (32, 3, 32, 32)),
+    Network("ResNet-20", models.resnet20, (128, 3, 32, 32)),
+    Network("VGG-11", models.VGG11, (16, 3, 64, 64)),
+    Network("DenseNet-40", models.DenseNet, (64, 3, 32, 32)),
+)
+QUICK = (Network("ResNet-20", lambda: models.resnet20(4), (2, 3, 32, 32)),)
+
+LAYERS_CASE = "layers"
 
 
 def built(make: Callable[[], torch.nn.Module], provider: str) -> torch.nn.Module:
@@ -142,18 +153,13 @@ def step(network: torch.nn.Module, x: Tensor) -> None:
     network(x).square().mean().backward()
 
 
-def network_rows(
-    work: str,
-    make: Callable[[], torch.nn.Module],
-    shape: operators.Shape,
-    options: Any,
-) -> Iterator[runner.Row]:
-    x = torch.randn(shape)
-    networks = {provider: built(make, provider) for provider in (TORCH, OURS, LOW)}
+def network_rows(case: Network, options: Namespace) -> Iterator[harness.Row]:
+    x = torch.randn(case.shape)
+    networks = {provider: built(case.make, provider) for provider in (TORCH, OURS, LOW)}
     timed = time_in_turn([networks[OURS], networks[LOW]], x, options)
     for provider, network in networks.items():
-        row = _row(work, shape, torch.float32, provider, kept_bytes(network, x))
-        row["peak_mb"] = "" if options.quick else peak_mb(work, provider)
+        row = _row(case.work, case.shape, torch.float32, provider, kept_bytes(network, x))
+        row["peak_mb"] = "" if options.quick else peak_mb(case.work, provider)
         if provider != TORCH:
             row |= timed[provider == LOW]
         yield row
@@ -164,12 +170,12 @@ def time_in_turn(
 ) -> list[dict[str, float]]:
     """Milliseconds of a step, and how many times those of the first network it takes."""
     count = max(options.threads)
-    with runner.threads(count):
-        providers = [runner.Provider("", "", _measure(network, x)) for network in networks]
-        samples = [s.seconds[runner.BOTH] for s in runner.run_in_turn(providers, options.repeats)]
+    with harness.threads(count):
+        providers = [harness.Provider("", "", _measure(network, x)) for network in networks]
+        samples = [s.seconds[harness.BOTH] for s in harness.run_in_turn(providers, options.repeats)]
     rows = []
     for seconds in samples:
-        summary = runner.summary(seconds)
+        summary = harness.summary(seconds)
         ratios = (a / b for a, b in zip(seconds, samples[0], strict=True))
         rows.append(
             {
@@ -182,12 +188,12 @@ def time_in_turn(
     return rows
 
 
-def _measure(network: torch.nn.Module, x: Tensor) -> runner.Measure:
+def _measure(network: torch.nn.Module, x: Tensor) -> harness.Measure:
     def measure(count: int) -> dict[str, float]:
         start = perf_counter_ns()
         for _ in range(count):
             step(network, x)
-        return {runner.BOTH: (perf_counter_ns() - start) / count * 1e-9}
+        return {harness.BOTH: (perf_counter_ns() - start) / count * 1e-9}
 
     return measure
 
@@ -195,7 +201,8 @@ def _measure(network: torch.nn.Module, x: Tensor) -> runner.Measure:
 def peak_mb(work: str, provider: str) -> float:
     """Megabytes that two steps take at most, in a process of its own."""
     found = subprocess.run(
-        [sys.executable, __file__, "--peak", work, provider],
+        [sys.executable, "-m", "benchmarks.memory", "--peak", work, provider],
+        cwd=harness.ROOT,
         check=True,
         capture_output=True,
         text=True,
@@ -206,9 +213,9 @@ def peak_mb(work: str, provider: str) -> float:
 
 def print_peak(work: str, provider: str) -> None:
     """What :func:`peak_mb` runs; the network and its input are there before."""
-    make, shape = NETWORKS[work]
-    network = built(make, provider)
-    x = torch.randn(shape)
+    case = next(network for network in NETWORKS if network.work == work)
+    network = built(case.make, provider)
+    x = torch.randn(case.shape)
     gc.collect()
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here
@@ -226,11 +233,9 @@ def _resident(name: str) -> float:
 
 def _row(
     work: str, shape: operators.Shape, dtype: torch.dtype, provider: str, count: int
-) -> runner.Row:
-    elements = 1
-    for extent in shape:
-        elements *= extent
-    row: runner.Row = dict.fromkeys(COLUMNS, "")
+) -> harness.Row:
+    elements = math.prod(shape)
+    row: harness.Row = dict.fromkeys(COLUMNS, "")
     return row | {
         "work": work,
         "shape": operators.shape_name(shape),
@@ -242,12 +247,12 @@ def _row(
     }
 
 
-def table(rows: Sequence[runner.Row]) -> str:
+def table(rows: Sequence[harness.Row]) -> str:
     """Bytes an element for layers; megabytes and the time for networks."""
     layers, nets = [], []
     for (work, shape, dtype), found in _grouped(rows).items():
         name = f"{work} ({shape.replace('x', ', ')})"
-        if work not in NETWORKS and {TORCH, OURS} <= set(found):
+        if work in (name for name, *_ in LAYERS) and {TORCH, OURS} <= set(found):
             amounts = (f"{found[p]['bytes_per_element']:.2f}" for p in (TORCH, OURS))
             layers.append([f"{name}, {dtype}", *amounts])
         elif {TORCH, OURS, LOW} <= set(found):
@@ -264,23 +269,23 @@ def table(rows: Sequence[runner.Row]) -> str:
     parts = []
     if layers:
         head = ["kept for backward, bytes an element", TORCH, OURS]
-        parts.append(runner.markdown(head, sorted(layers)))
+        parts.append(harness.markdown(head, sorted(layers)))
     if nets:
         head = ["megabytes", "kept: torch", "normdrop", "low", "low to torch"]
         head += ["peak: torch", "normdrop", "low", "time, low to normdrop"]
-        parts.append(runner.markdown(head, nets))
+        parts.append(harness.markdown(head, nets))
     return "\n\n".join(parts)
 
 
-def _grouped(rows: Sequence[runner.Row]) -> dict[tuple[str, str, str], dict[str, runner.Row]]:
-    groups: dict[tuple[str, str, str], dict[str, runner.Row]] = {}
+def _grouped(rows: Sequence[harness.Row]) -> dict[tuple[str, str, str], dict[str, harness.Row]]:
+    groups: dict[tuple[str, str, str], dict[str, harness.Row]] = {}
     for row in rows:
         key = (row["work"], row["shape"], row["dtype"])
         groups.setdefault(key, {})[row["provider"]] = row
     return groups
 
 
-def _printed(row: runner.Row) -> str:
+def line(row: harness.Row) -> str:
     text = (
         f"  {row['work']:18}{row['shape']:16}{row['dtype']:10}{row['provider']:14}"
         f"{row['bytes'] / 1e6:10.2f} MB kept, {row['bytes_per_element']:8.2f} bytes an element"
@@ -292,31 +297,34 @@ def _printed(row: runner.Row) -> str:
     return text
 
 
+def cases(options: Namespace) -> list[Network | str]:
+    return [LAYERS_CASE, *(QUICK if options.quick else NETWORKS)]
+
+
+def measure(case: Network | str, options: Namespace) -> Iterator[harness.Row]:
+    if isinstance(case, Network):
+        return network_rows(case, options)
+    return layer_rows((2, 3, 4, 4) if options.quick else (32, 64, 56, 56))
+
+
+BENCHMARK = Benchmark(
+    claim="Count the bytes that autograd keeps for backward.",
+    stem="memory",
+    columns=COLUMNS,
+    keys=KEYS,
+    cases=cases,
+    measure=measure,
+    line=line,
+    sections=[Section("memory", table)],
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments[:1] == ["--peak"]:
-        print_peak(*arguments[1:])
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["--peak"]:
+        print_peak(*argv[1:])
         return 0
-    options = runner.parse("Count the bytes that autograd keeps for backward.", arguments)
-    runner.print_machine()
-    rows: list[runner.Row] = []
-
-    def add(new: Iterator[runner.Row]) -> None:
-        for row in new:
-            print(_printed(row), flush=True)
-            rows.append(row)
-
-    if re.search(options.filter, "layers"):
-        add(layer_rows((2, 3, 4, 4) if options.quick else (32, 64, 56, 56)))
-    for work, (make, shape) in (QUICK if options.quick else NETWORKS).items():
-        if re.search(options.filter, work):
-            add(network_rows(work, make, shape, options))
-    path = options.output / "memory.csv"
-    merged = runner.merge(path, rows, COLUMNS, KEYS)
-    if options.output.resolve() == runner.RESULTS:
-        runner.write_section("memory", table(merged))
-    print(f"\n{path}")
-    return 0
+    return harness.run(BENCHMARK, argv)
 
 
 if __name__ == "__main__":

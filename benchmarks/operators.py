@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn.functional import relu_
 
 import normdrop.nn
+from benchmarks.harness import BOTH, FORWARD, Measure, Provider, autograd_measure
 from normdrop import functional
-from runner import BOTH, FORWARD, Measure, Provider, autograd_measure
 
 Shape = tuple[int, ...]
 Function = Callable[..., Tensor]

@@ -6,7 +6,6 @@ to its own cases.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from time import perf_counter_ns
@@ -14,10 +13,9 @@ from typing import Any
 
 import torch
 
-import operators
-import runner
-from operators import Case
-from runner import BOTH, FORWARD, Measure, Provider
+from benchmarks import harness, operators
+from benchmarks.harness import BOTH, FORWARD, Measure, Provider, Section
+from benchmarks.operators import Case
 
 
 def providers(case: Case) -> list[Provider]:
@@ -122,56 +120,48 @@ def _jax_function(jax: Any, name: str, shape: tuple[int, ...], axis: int) -> tup
     return batch_norm, [numpy.ones(shape[axis]), numpy.zeros(shape[axis])]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    import kernels
-
-    options = runner.parse("Measure the headline cases with torch.compile and JAX, too.", argv)
-    shapes = {shape for _, shape in kernels.HEADLINES}
-    chosen = [
-        case
-        for case in operators.cases(options.threads, options.quick)
-        if re.search(options.filter, str(case))
-        and case.dtype == torch.float32
-        and (options.quick or operators.shape_name(case.shape) in shapes)
-    ]
-    if not chosen:
-        print(f"--filter {options.filter!r} matches no case", file=sys.stderr)
-        return 2
-    rows = kernels.run(options, options.output / "peers.csv", chosen, True)
-    if options.output.resolve() == runner.RESULTS:
-        runner.write_section("peers", table(rows))
-    print(f"\n{options.output / 'peers.csv'}")
-    return 0
-
-
-def table(rows: Sequence[runner.Row]) -> str:
+def table(rows: Sequence[harness.Row]) -> str:
     """The better layout of each provider, in milliseconds; all threads."""
-    import kernels
+    from benchmarks import kernels
 
-    names = [n for n in ("torch", "torch.compile", "jax", "normdrop") if _of(rows, provider=n)]
-    threads = max((row["threads"] for row in rows), default=1)
+    every = ("torch", "torch.compile", "jax", "normdrop")
+    names = [name for name in every if harness.pick(rows, provider=name)]
+    threads = harness.most_threads(rows)
     lines = []
     for operator, shape in kernels.HEADLINES:
         for which in (FORWARD, BOTH):
-            cells = []
-            for name in names:
-                found = _of(
-                    rows,
-                    operator=operator,
-                    shape=shape,
-                    provider=name,
-                    threads=threads,
-                    **{"pass": which},
-                )
-                cells.append(kernels.number(min(r["median_ms"] for r in found)) if found else "")
+            one = {"operator": operator, "shape": shape, "threads": threads, "pass": which}
+            cells = [harness.milliseconds(harness.best(rows, **one, provider=n)) for n in names]
             if any(cells):
                 title = f"{operators.TITLES[operator]} ({shape.replace('x', ', ')})"
                 lines.append([title, which.replace("+", " + "), *cells])
-    return runner.markdown(["milliseconds", "pass", *names], lines)
+    return harness.markdown(["milliseconds", "pass", *names], lines)
 
 
-def _of(rows: Sequence[runner.Row], **wanted: Any) -> list[runner.Row]:
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+def main(argv: Sequence[str] | None = None) -> int:
+    from benchmarks import kernels
+
+    shapes = {shape for _, shape in kernels.HEADLINES}
+
+    def measure(case: Case, options: Any) -> list[harness.Row]:
+        options.peers = True
+        return kernels.measure(case, options)
+
+    benchmark = kernels.BENCHMARK._replace(
+        claim="Measure the headline cases with torch.compile and JAX, too.",
+        stem="peers",
+        cases=lambda options: [
+            case
+            for case in operators.cases(options.threads, options.quick)
+            if case.dtype == torch.float32
+            and (options.quick or operators.shape_name(case.shape) in shapes)
+        ],
+        measure=measure,
+        sections=[Section("peers", table)],
+        finish=lambda rows, folder: None,
+        switches={},
+    )
+    return harness.run(benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks.harness import BOTH, Row
+from benchmarks.operators import OPERATORS, SHAPES, shape_name
 from normdrop.files import write_atomically
-from operators import OPERATORS, SHAPES, shape_name
-from runner import BOTH, Row
 
 # Okabe and Ito's blue and vermillion, told apart by their shape, too.
 BLUE, ORANGE, INK, GRID = "#0067a6", "#c44e00", "#1d2125", "#dde1e6"

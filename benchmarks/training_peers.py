@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from runner import Measure, Provider
+from benchmarks.harness import Measure, Provider
 
 __all__ = ["providers"]
 

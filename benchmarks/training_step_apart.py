@@ -10,41 +10,37 @@ step, and how many times as fast as torch eager as it comes, in NCHW and in its 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import re
 import resource
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import normdrop
-import runner
-from runner import Row
-from training_step import AUTO, CASES, DOCUMENT, QUICK, STEP, Case, compare, milliseconds, providers
+from benchmarks import harness
+from benchmarks.harness import Benchmark, Row, Section, best, milliseconds, pick
+from benchmarks.training_step import (
+    AUTO,
+    DOCUMENT,
+    NETWORKS,
+    QUICK,
+    STEP,
+    Case,
+    cases,
+    providers,
+    reached,
+)
 
 COLUMNS = (
-    "network",
-    "batch",
-    "threads",
-    "provider",
-    "layout",
-    "memory",
-    "median_ms",
-    "min_ms",
-    "p25",
-    "p75",
-    "page_faults",
-    "ratio",
-    "ratio_best",
-    "samples",
+    *("network", "batch", "threads", "provider", "layout", "memory", *harness.TIMES),
+    *("page_faults", "ratio", "ratio_best", "samples"),
 )
-KEYS = COLUMNS[:6]
+KEYS = 6
 
 COMES, KEPT = "as it comes", "kept"
 WARM_UP = 4
@@ -55,9 +51,7 @@ class Worker:
 
     def __init__(self, case: Case, provider: str, layout: str, memory: str, options: Any) -> None:
         self.row: Row = {
-            "network": case.name,
-            "batch": "x".join(map(str, case.shape)),
-            "threads": options.threads[0],
+            **case.keys,
             "provider": provider,
             "layout": layout,
             "memory": memory,
@@ -66,7 +60,8 @@ class Worker:
         self.faults: list[int] = []
         told = {**self.row, "quick": options.quick}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(told)],
+            [sys.executable, "-m", "benchmarks.training_step_apart", "--worker", json.dumps(told)],
+            cwd=harness.ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,10 +91,10 @@ def work(told: dict[str, Any]) -> None:
     torch.set_num_threads(told["threads"])
     if told["memory"] == KEPT:
         normdrop.keep_freed_memory()
-    case = next(c for c in (QUICK if told["quick"] else CASES) if c.name == told["network"])
+    network = next(n for n in (QUICK if told["quick"] else NETWORKS) if n.name == told["network"])
     chosen = (told["provider"], told["layout"])
     # Each way is made when it is asked for, so those before the chosen one are made and let go.
-    way = next(p for p in providers(case, False, False) if (p.name, p.layout) == chosen)
+    way = next(p for p in providers(network) if (p.name, p.layout) == chosen)
     way.measure(WARM_UP)
     print(json.dumps(None), flush=True)
     for _ in sys.stdin:
@@ -110,9 +105,9 @@ def work(told: dict[str, Any]) -> None:
         print(json.dumps([seconds, faults]), flush=True)
 
 
-def measure(case: Case, options: argparse.Namespace) -> list[Row]:
+def measure(case: Case, options: Namespace) -> list[Row]:
     """All rows of a case."""
-    layouts = ["contiguous", "channels_last"] if len(case.shape) == 4 else ["contiguous"]
+    layouts = ["contiguous", "channels_last"] if len(case.network.shape) == 4 else ["contiguous"]
     ways = [("torch", layout) for layout in layouts] + [("convert", AUTO)]
     workers = [Worker(case, *way, memory, options) for memory in (COMES, KEPT) for way in ways]
     order = random.Random(0)
@@ -123,58 +118,58 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
     for worker in workers:
         worker.close()
         faults = sum(worker.faults) // len(worker.faults)
-        measured = {**runner.summary(worker.seconds), "samples": len(worker.seconds)}
+        measured = {**harness.summary(worker.seconds), "samples": len(worker.seconds)}
         rows.append({**worker.row, **measured, "page_faults": faults})
-    compare(rows, [r for r in rows if r["provider"] == "torch" and r["memory"] == COMES])
+    for row in rows:
+        harness.compare(row, pick(rows, provider="torch", memory=COMES))
     return rows
 
 
 HEAD = (
-    f"  {'provider':10}{'layout':15}{'memory':13}{'median':>9} {'minimum':>9}  {'quartiles':>19} ms"
+    f"  {'provider':10}{'layout':15}{'memory':13}{harness.HEAD_OF_TIMES}"
     f"{'faults':>8}{'× NCHW':>8} {'× best':>7}"
 )
 
 
 def line(row: Row) -> str:
     return (
-        f"  {row['provider']:10}{row['layout']:15}{row['memory']:13}{row['median_ms']:9.2f} "
-        f"{row['min_ms']:9.2f}  {row['p25']:9.2f} {row['p75']:9.2f}   {row['page_faults']:8} "
-        f"{row['ratio']:7.2f} {row['ratio_best']:7.2f}"
+        f"  {row['provider']:10}{row['layout']:15}{row['memory']:13}{harness.times(row)}"
+        f"{row['page_faults']:8} {row['ratio']:7.2f} {row['ratio_best']:7.2f}"
     )
 
 
 def table(rows: Sequence[Row]) -> str:
     """Milliseconds of a step as users run it; all threads."""
-    threads = max((row["threads"] for row in rows), default=1)
     ways = ["torch", "torch, channels_last", "converted"]
     header = ["a step, ms", *ways, *(f"{way}, kept" for way in ways)]
     header += ["× torch", "× better layout", "to reach"]
     lines = []
-    for case in CASES:
-        found = {
-            (r["provider"], r["layout"], r["memory"]): r
-            for r in rows
-            if (r["network"], r["threads"]) == (case.name, threads)
-        }
-        if not found:
-            continue
+    for network in NETWORKS:
+        found = pick(rows, network=network.name, threads=harness.most_threads(rows))
         cells = [
-            found.get((*way, memory))
+            best(found, provider=provider, layout=layout, memory=memory)
             for memory in (COMES, KEPT)
-            for way in (("torch", "contiguous"), ("torch", "channels_last"), ("convert", AUTO))
+            for provider, layout in (
+                *(("torch", "contiguous"), ("torch", "channels_last"), ("convert", AUTO)),
+            )
         ]
-        ours = cells[-1]
-        assert ours is not None
-        lines.append(
-            [
-                f"{case.name} ({', '.join(map(str, case.shape))})",
-                *map(milliseconds, cells),
-                f"{ours['ratio']:.2f}",
-                f"{ours['ratio_best']:.2f}",
-                " / ".join(f"{goal:g}" for goal in case.goals),
-            ]
-        )
-    return runner.markdown(header, lines)
+        if (ours := cells[-1]) is not None:
+            name = f"{network.name} ({', '.join(map(str, network.shape))})"
+            lines.append([name, *map(milliseconds, cells), *reached(ours, network)])
+    return harness.markdown(header, lines)
+
+
+BENCHMARK = Benchmark(
+    claim="Measure whole steps of training, each way in its own process.",
+    stem="training_step_apart",
+    columns=COLUMNS,
+    keys=KEYS,
+    cases=lambda options: [c for c in cases(options) if c.threads == max(options.threads)],
+    measure=measure,
+    head=HEAD,
+    line=line,
+    sections=[Section("training-step-apart", table, [DOCUMENT])],
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,26 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["--worker"]:
         work(json.loads(argv[1]))
         return 0
-    options = runner.parse("Measure whole steps of training, each way in its own process.", argv)
-    options.threads = [max(options.threads)]
-    runner.print_machine()
-    chosen = [c for c in (QUICK if options.quick else CASES) if re.search(options.filter, c.name)]
-    if not chosen:
-        print(f"--filter {options.filter!r} matches no network", file=sys.stderr)
-        return 2
-    path: Path = options.output / "training_step_apart.csv"
-    rows: list[Row] = []
-    for case in chosen:
-        shape = ", ".join(map(str, case.shape))
-        threads = options.threads[0]
-        print(f"\n{case.name} ({shape}), {threads} thread{'s' * (threads > 1)}\n{HEAD}")
-        new = measure(case, options)
-        print("\n".join(map(line, new)), flush=True)
-        rows = runner.merge(path, new, COLUMNS, KEYS)
-    if options.output.resolve() == runner.RESULTS:
-        runner.write_section("training-step-apart", table(rows), [DOCUMENT])
-    print(f"\n{path}")
-    return 0
+    return harness.run(BENCHMARK, argv)
 
 
 if __name__ == "__main__":

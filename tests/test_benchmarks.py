@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+import normdrop
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """A function that imports a benchmark as it stands when run as a program."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module
+    """A function that imports a benchmark."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 def read(path):
@@ -88,27 +90,42 @@ def test_kernels_filter_that_matches_nothing(script, tmp_path, capsys):
     assert "matches no case" in capsys.readouterr().err
 
 
-def test_runner_leaves_out_rows_of_another_machine(script, tmp_path):
-    runner = script("runner")
+def test_harness_leaves_out_rows_of_another_machine(script, tmp_path):
+    harness = script("harness")
     path = tmp_path / "table.csv"
     path.write_text("name,value,processor,torch\na,1,another,2.0\n")
-    rows = runner.merge(path, [{"name": "b", "value": 2}], ["name", "value"], ["name"])
+    rows = harness.merge(path, [{"name": "b", "value": 2}], ["name", "value"], ["name"])
     assert [row["name"] for row in rows] == ["b"]
     assert [row["name"] for row in read(path)] == ["b"]
 
 
-def test_runner_writes_between_markers(script, tmp_path):
-    runner = script("runner")
+def test_harness_writes_between_markers(script, tmp_path):
+    harness = script("harness")
     document = tmp_path / "page.md"
     document.write_text("a\n<!-- benchmark:x -->\nold\n<!-- /benchmark:x -->\nb\n")
-    runner.write_section("x", "new", [document, tmp_path / "missing.md"])
+    harness.write_section("x", "new", [document, tmp_path / "missing.md"])
     assert document.read_text() == "a\n<!-- benchmark:x -->\nnew\n<!-- /benchmark:x -->\nb\n"
-    runner.write_section("y", "no such marker", [document])
+    harness.write_section("y", "no such marker", [document])
     assert "no such marker" not in document.read_text()
 
 
-def test_runner_takes_providers_in_turn(script):
-    runner = script("runner")
+@pytest.mark.parametrize(
+    "name",
+    ("kernels", "memory", "training_step", "training_step_apart", "inference")
+    + ("checks.architectures",),
+)
+def test_documents_show_what_the_results_hold(script, name):
+    benchmark, harness = script(name).BENCHMARK, script("harness")
+    rows = harness.read_rows(harness.RESULTS / f"{benchmark.stem}.csv")
+    for section in benchmark.sections:
+        shown = [d for d in section.documents if f"benchmark:{section.name} -->" in d.read_text()]
+        assert shown, section.name
+        for document in shown:
+            assert section.table(rows) in document.read_text(encoding="utf-8"), document.name
+
+
+def test_harness_takes_providers_in_turn(script):
+    harness = script("harness")
     calls = []
 
     def provider(name):
@@ -116,12 +133,68 @@ def test_runner_takes_providers_in_turn(script):
             calls.append(name)
             return {"forward": 1.0}
 
-        return runner.Provider(name, "contiguous", measure)
+        return harness.Provider(name, "contiguous", measure)
 
-    samples = runner.run_in_turn([provider("a"), provider("b")], repeats=10)
+    samples = harness.run_in_turn([provider("a"), provider("b")], repeats=10)
     rounds = [set(calls[i : i + 2]) for i in range(4, len(calls), 2)]
     assert rounds == [{"a", "b"}] * 10
     assert [len(sample.seconds["forward"]) for sample in samples] == [10, 10]
+
+
+def test_harness_ends_with_1_where_a_row_does_not_hold(script, tmp_path, capsys):
+    harness = script("harness")
+    check = harness.Benchmark(
+        claim="Say whether a number is odd.",
+        stem="odd",
+        columns=("number", "odd"),
+        keys=1,
+        cases=lambda options: [1, 2, 3],
+        measure=lambda case, options: [{"number": case, "odd": case % 2}],
+        line=lambda row: f"{row['number']}: {row['odd']}",
+        finish=lambda rows, folder: print(sum(row["odd"] for row in rows), "are odd"),
+        holds=lambda row: row["odd"] == 1,
+    )
+    output = ["--quick", "--output", str(tmp_path)]
+    assert harness.run(check, [*output, "--filter", "1|3"]) == 0
+    assert harness.run(check, output) == 1
+    assert [row["number"] for row in read(tmp_path / "odd.csv")] == ["1", "3", "2"]
+    assert "1 failed" in capsys.readouterr().out
+    (tmp_path / "odd.csv").write_text("number,odd,processor,torch\n5,1,any,2.13.0\n")
+    assert harness.run(check, [*output, "--tables"]) == 0
+    assert "1 are odd" in capsys.readouterr().out
+
+
+def test_harness_writes_the_sections_of_published_results(script, tmp_path, monkeypatch):
+    harness = script("harness")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmark:odd -->\n<!-- /benchmark:odd -->\n")
+    check = harness.Benchmark(
+        claim="Say whether a number is odd.",
+        stem="odd",
+        columns=("number",),
+        keys=1,
+        cases=lambda options: [7],
+        measure=lambda case, options: [{"number": case}],
+        line=str,
+        sections=[harness.Section("odd", lambda rows: f"{rows[0]['number']} is odd", [page])],
+    )
+    assert harness.run(check, ["--quick", "--output", str(tmp_path)]) == 0
+    assert "7 is odd" not in page.read_text()
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    assert harness.run(check, ["--quick", "--output", str(tmp_path)]) == 0
+    assert "\n7 is odd\n" in page.read_text()
+
+
+def test_dropout_statistics_finds_a_mask_that_is_not_random(script, tmp_path, monkeypatch):
+    statistics = script("checks.dropout_statistics")
+    arguments = ["--filter", "seeds|rates, keep 0.5", "--draws", "1", "--output", str(tmp_path)]
+    assert statistics.main([*arguments, "--quick"]) == 0
+    rows = read(tmp_path / "dropout_statistics.csv")
+    assert set(rows[0]) == {*statistics.COLUMNS, "processor", "torch"}
+    assert len(rows) == 2 + len(statistics.KEEPS)
+    assert max(abs(float(row["z"])) for row in rows) < 4
+    monkeypatch.setattr(statistics, "kept", lambda *a, count=1 << 24: torch.ones(count).byte())
+    assert statistics.main([*arguments, "--quick"]) == 1
 
 
 def test_memory_counts_what_is_kept(script, tmp_path):
@@ -153,7 +226,7 @@ def test_memory_of_a_large_layer_is_the_input(script):
     }
     assert kept["BN+ReLU", "torch"] == pytest.approx(8, abs=0.1)
     assert kept["BN+ReLU+dropout", "torch"] == pytest.approx(12, abs=0.1)
-    if not script("normdrop").has_kernels():
+    if not normdrop.has_kernels():
         return
     assert kept["BN+ReLU", "normdrop"] == pytest.approx(4, abs=0.1)
     assert kept["BN+ReLU+dropout", "normdrop"] == pytest.approx(4, abs=0.1)
@@ -171,7 +244,7 @@ def test_peers_runs_without_them(script, tmp_path, monkeypatch):
 
 
 def test_architectures_compares_the_networks_of_torch_alone(script, tmp_path, capsys):
-    architectures = script("architectures")
+    architectures = script("checks.architectures")
     assert architectures.main(["--quick", "--threads", "1", "--output", str(tmp_path)]) == 0
     rows = {row["architecture"]: row for row in read(tmp_path / "architectures.csv")}
     assert set(rows["residual"]) == {*architectures.COLUMNS, "processor", "torch"}
@@ -183,7 +256,7 @@ def test_architectures_compares_the_networks_of_torch_alone(script, tmp_path, ca
 
 def test_architectures_tells_what_differs(script, monkeypatch):
     """A converted model that is off by a millionth is found; so is one that cannot be made."""
-    architectures = script("architectures")
+    architectures = script("checks.architectures")
     perceptron = [a for a in architectures.architectures() if a.name == "perceptron"]
     convert = architectures.normdrop.convert
 
@@ -195,17 +268,17 @@ def test_architectures_tells_what_differs(script, monkeypatch):
 
     monkeypatch.setattr(architectures.normdrop, "convert", convert_wrongly)
     monkeypatch.setattr(architectures, "check_it_lives_on", lambda *models: None)
-    assert architectures.measure(perceptron[0], 2)["result"] == "differs"
+    assert architectures.row_of(perceptron[0], 2)["result"] == "differs"
 
     def fail():
         raise ValueError("no such network")
 
-    broken = script("zoo").Architecture("torch", "broken", fail)
-    assert architectures.measure(broken, 2)["result"] == "ValueError: no such network"
+    broken = script("checks.zoo").Architecture("torch", "broken", fail)
+    assert architectures.row_of(broken, 2)["result"] == "ValueError: no such network"
 
 
 def test_large_holds_at_small_sizes(script, tmp_path, capsys):
-    large = script("large")
+    large = script("checks.large")
     assert large.main(["--quick", "--output", str(tmp_path)]) == 0
     rows = read(tmp_path / "large.csv")
     assert set(rows[0]) == {*large.COLUMNS, "processor", "torch"}
@@ -214,7 +287,7 @@ def test_large_holds_at_small_sizes(script, tmp_path, capsys):
 
 
 def test_large_says_what_it_leaves_out(script, tmp_path, monkeypatch, capsys):
-    large = script("large")
+    large = script("checks.large")
     monkeypatch.setattr(large, "available_memory", lambda: 1000.0)
     assert large.main(["--quick", "--output", str(tmp_path)]) == 0
     assert "left out, it needs" in capsys.readouterr().out
@@ -227,7 +300,7 @@ def test_training_step_compares_whole_steps(script, tmp_path, capsys):
     assert training_step.main(arguments) == 0
     rows = read(tmp_path / "training_step.csv")
     assert set(rows[0]) == {*training_step.COLUMNS, "processor", "torch"}
-    assert {row["network"] for row in rows} == {case.name for case in training_step.QUICK}
+    assert {row["network"] for row in rows} == {network.name for network in training_step.QUICK}
     assert {row["provider"] for row in rows} == {
         *("torch", "convert", "network"),
         *("torch, fused SGD", "convert, fused SGD"),
@@ -289,13 +362,13 @@ def test_training_step_apart_compares_with_torch_as_it_comes(script):
 
 def test_the_networks_of_the_benchmark_are_ours_written_by_a_user(script):
     training_step = script("training_step")
-    for case in training_step.CASES:
-        if case.ours is None:
+    for network in training_step.NETWORKS:
+        if network.ours is None:
             continue
         with torch.device("meta"):
-            theirs, ours = case.theirs(), case.ours()
+            theirs, ours = network.theirs(), network.ours()
         shapes = [sorted(tuple(p.shape) for p in m.parameters()) for m in (theirs, ours)]
-        assert shapes[0] == shapes[1], case.name
+        assert shapes[0] == shapes[1], network.name
 
 
 def test_inference_compares_logits_and_writes_its_table(script, tmp_path, monkeypatch):

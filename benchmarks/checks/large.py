@@ -8,23 +8,24 @@ Needs about 15 GB for 2³¹ bfloat16 elements; says so and ends where there is l
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import runner
+from benchmarks import harness
+from benchmarks.harness import Benchmark
 from normdrop import functional
 from normdrop.ops import reference
 
 COLUMNS = ("check", "layout", "dtype", "elements", "seconds", "largest_error", "bound", "holds")
-KEYS = COLUMNS[:4]
+KEYS = 4
 
 CHANNELS, SIDE = 64, 32
 SAMPLE = CHANNELS * SIDE * SIDE
@@ -127,9 +128,27 @@ def _error(result: Tensor, truth: Tensor) -> float:
     return float(((result.double() - truth).abs() / scale).max())
 
 
-CHECKS: tuple[tuple[str, Any, float], ...] = (
-    ("dropout, wrong elements", check_dropout, 0.0),
-    ("batch_norm, roundings", check_batch_norm, 1.1),
+class Check(NamedTuple):
+    """One operator in one layout: the errors that it makes, and what they may be."""
+
+    name: str
+    layout: str
+    errors: Callable[[int, str], tuple[float, float]]
+    bound: float
+    tensors: int
+    """As large as the input, the input included."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.layout}"
+
+
+CHECKS = tuple(
+    Check(name, layout, errors, bound, tensors)
+    for name, errors, bound, tensors in (
+        ("dropout, wrong elements", check_dropout, 0.0, 1),
+        ("batch_norm, roundings", check_batch_norm, 1.1, 3),
+    )
+    for layout in ("contiguous", "channels_last")
 )
 
 
@@ -140,50 +159,52 @@ def available_memory() -> float:
     return int(found[1]) * 1024 if found else float("inf")
 
 
-def rows(options: argparse.Namespace, samples: int) -> Iterator[runner.Row]:
-    for name, check, bound in CHECKS:
-        for layout in ("contiguous", "channels_last"):
-            label = f"{name} {layout}"
-            if not re.search(options.filter, label):
-                continue
-            tensors = 1 if check is check_dropout else 3
-            needed = tensors * samples * SAMPLE * 2 + 2e9 * (not options.quick)
-            if needed > available_memory():
-                print(
-                    f"  {label}: left out, it needs {needed / 1e9:.0f} GB "
-                    f"and {available_memory() / 1e9:.0f} GB are free"
-                )
-                continue
-            seconds, error = check(samples, layout)
-            yield {
-                "check": name,
-                "layout": layout,
-                "dtype": "bfloat16",
-                "elements": samples * SAMPLE,
-                "seconds": seconds,
-                "largest_error": error,
-                "bound": bound,
-                "holds": str(error <= bound),
-            }
+def measure(check: Check, options: Namespace) -> Iterator[harness.Row]:
+    samples = 2 if options.quick else 2**31 // SAMPLE + CHUNK
+    needed = check.tensors * samples * SAMPLE * 2 + 2e9 * (not options.quick)
+    if needed > available_memory():
+        print(
+            f"  left out, it needs {needed / 1e9:.0f} GB "
+            f"and {available_memory() / 1e9:.0f} GB are free"
+        )
+        return
+    seconds, error = check.errors(samples, check.layout)
+    yield {
+        "check": check.name,
+        "layout": check.layout,
+        "dtype": "bfloat16",
+        "elements": samples * SAMPLE,
+        "seconds": seconds,
+        "largest_error": error,
+        "bound": check.bound,
+        "holds": str(error <= check.bound),
+    }
+
+
+def holds(row: harness.Row) -> bool:
+    return bool(row["holds"] == "True")
+
+
+def line(row: harness.Row) -> str:
+    error = f"largest {row['largest_error']:.3g}, at most {row['bound']:g}"
+    verdict = "holds" if holds(row) else "FAILS"
+    return f"  {row['elements']:>12} elements {row['seconds']:8.2f} s   {error}: {verdict}"
+
+
+BENCHMARK = Benchmark(
+    claim="Check the kernels on more than 2³¹ elements.",
+    stem="large",
+    columns=COLUMNS,
+    keys=KEYS,
+    cases=lambda options: CHECKS,
+    measure=measure,
+    line=line,
+    holds=holds,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = runner.parse("Check the kernels on more than 2³¹ elements.", argv)
-    runner.print_machine()
-    samples = 2 if options.quick else 2**31 // SAMPLE + CHUNK
-    found = []
-    for row in rows(options, samples):
-        print(
-            f"  {row['check']:26}{row['layout']:14}{row['elements']:>12} elements "
-            f"{row['seconds']:8.2f} s   largest {row['largest_error']:.3g}, "
-            f"at most {row['bound']:g}: {'holds' if row['holds'] == 'True' else 'FAILS'}",
-            flush=True,
-        )
-        found.append(row)
-    path = options.output / "large.csv"
-    runner.merge(path, found, COLUMNS, KEYS)
-    print(f"\n{path}")
-    return 0 if all(row["holds"] == "True" for row in found) else 1
+    return harness.run(BENCHMARK, argv)
 
 
 if __name__ == "__main__":

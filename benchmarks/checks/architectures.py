@@ -7,7 +7,7 @@ model is off by much more than the other: then five inputs are tried, and the me
 dropout rates are 0 for that, since masks differ; then both train with the rates they came with, in
 turn, on inputs of a useful size, and the time of a step is compared.
 
-    python benchmarks/architectures.py --filter 'pytorchcv resnet' --threads 1
+    python -m benchmarks.checks.architectures --filter 'pytorchcv resnet' --threads 1
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import re
 import statistics
 import sys
 import traceback
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter_ns
@@ -29,16 +30,17 @@ import torch
 from torch import Tensor
 
 import normdrop
-import runner
+from benchmarks import harness
+from benchmarks.checks.zoo import Architecture, architectures
+from benchmarks.harness import Benchmark, Section
 from normdrop.surgery.plan import Plan
-from zoo import Architecture, architectures
 
 COLUMNS = (
     *("source", "architecture", "input", "layers", "converted", "fused", "unfused", "left"),
     *("float64", "error", "error_original", "result"),
     *("timed_input", "threads", "step_ms", "step_original_ms", "speed"),
 )
-KEYS = COLUMNS[:2]
+KEYS = 2
 
 EPSILON = 2.0**-23
 ALLOWED_FLOAT64 = 1e-10
@@ -47,32 +49,14 @@ ALLOWED_FACTOR, ALLOWED_FLOAT32 = 4.0, 2e-6
 Results = dict[str, list[Tensor]]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = runner.parse(__doc__.splitlines()[0], argv)
-    runner.print_machine()
-    threads = options.threads[-1]
-    failures = 0
-    with runner.threads(threads):
-        for architecture in architectures():
-            if options.quick and architecture.source != "torch":
-                continue
-            if not re.search(options.filter, f"{architecture.source} {architecture.name}"):
-                continue
-            row = measure(architecture, options.repeats) | {"threads": threads}
-            failures += row["result"] != "equal"
-            runner.merge(options.output / "architectures.csv", [row], COLUMNS, KEYS)
-            print(line(row), flush=True)
-    print(f"{failures} failed")
-    rows = runner.read_rows(options.output / "architectures.csv")
-    print(summary(rows))
-    if not options.quick and options.output == runner.RESULTS:
-        text = f"{summary(rows)}\n\n{why_not(rows)}"
-        runner.write_section("architectures", text, [runner.ROOT / "docs" / "convert.md"])
-    return min(failures, 1)
-
-
-def measure(architecture: Architecture, repeats: int) -> dict[str, Any]:
+def measure(architecture: Architecture, options: Namespace) -> Iterator[harness.Row]:
     """One row; what goes wrong is its result."""
+    threads = options.threads[-1]
+    with harness.threads(threads):
+        yield row_of(architecture, options.repeats) | {"threads": threads}
+
+
+def row_of(architecture: Architecture, repeats: int) -> harness.Row:
     row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
     row |= {
         "source": architecture.source,
@@ -344,7 +328,7 @@ def make_step(model: torch.nn.Module, x: Tensor) -> Callable[[], float]:
 # ---- Tables -------------------------------------------------------------------------------------
 
 
-def line(row: runner.Row) -> str:
+def line(row: harness.Row) -> str:
     speed = f"{row['speed']:.2f}x" if row["speed"] != "" else ""
     numbers = " ".join(
         f"{row[name]:.0e}" if row[name] != "" else "-"
@@ -357,7 +341,7 @@ def line(row: runner.Row) -> str:
     ).rstrip()
 
 
-def summary(rows: Sequence[runner.Row]) -> str:
+def summary(rows: Sequence[harness.Row]) -> str:
     """A table by package."""
     lines = []
     sources = list(dict.fromkeys(row["source"] for row in rows))
@@ -377,10 +361,10 @@ def summary(rows: Sequence[runner.Row]) -> str:
             )
         )
     header = ("from", "architectures", "equal", "layers", "converted", "fused", "median speed")
-    return runner.markdown((*header, "range"), lines)
+    return harness.markdown((*header, "range"), lines)
 
 
-def why_not(rows: Sequence[runner.Row]) -> str:
+def why_not(rows: Sequence[harness.Row]) -> str:
     """The reasons for which norms are not fused, in all architectures, with how often each."""
     counted: Counter[str] = Counter()
     for row in rows:
@@ -392,7 +376,31 @@ def why_not(rows: Sequence[runner.Row]) -> str:
             counted[reason or "other"] += int(count)
     shown = [(reason, str(count)) for reason, count in counted.most_common(12)]
     rest = sum(counted.values()) - sum(int(count) for _, count in shown)
-    return runner.markdown(("why a norm is not fused", "norms"), [*shown, ("all else", str(rest))])
+    return harness.markdown(("why a norm is not fused", "norms"), [*shown, ("all else", str(rest))])
+
+
+BENCHMARK = Benchmark(
+    claim="Compare converted models with the originals, on architectures that others wrote.",
+    stem="architectures",
+    columns=COLUMNS,
+    keys=KEYS,
+    cases=lambda options: [a for a in architectures() if a.source == "torch" or not options.quick],
+    measure=measure,
+    line=line,
+    sections=[
+        Section(
+            "architectures",
+            lambda rows: f"{summary(rows)}\n\n{why_not(rows)}",
+            [harness.ROOT / "docs" / "convert.md"],
+        )
+    ],
+    finish=lambda rows, folder: print(summary(rows)),
+    holds=lambda row: row["result"] == "equal",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return harness.run(BENCHMARK, argv)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,32 @@
 """Is the dropout mask random? 10⁹ draws for each keep: rates, correlations, chi-square.
 
-    python benchmarks/dropout_statistics.py [--draws 1000000000]
+    python -m benchmarks.checks.dropout_statistics [--draws 1000000000]
 
-Prints and writes results/dropout_statistics.csv: one row a test with its statistic as a number of
-standard deviations (z). A chi-square value with d degrees of freedom is turned into z by Wilson and
-Hilferty's cube root. With 56 tests, |z| above 4 happens once in 300 runs if all is well.
+One row a test with its statistic as a number of standard deviations (z). A chi-square value with d
+degrees of freedom is turned into z by Wilson and Hilferty's cube root. With 56 tests, |z| above 4
+happens once in 300 runs if all is well.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import math
-from collections.abc import Iterator
-from pathlib import Path
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks import harness
+from benchmarks.harness import Benchmark
 from normdrop import functional
-from normdrop.files import write_atomically
+
+COLUMNS = ("test", "keep", "draws", "value", "z")
+KEYS = 2
 
 KEEPS = (0.5, 0.8, 0.9, 0.999)
 CHUNK = 1 << 24
-RESULTS = Path(__file__).parent / "results" / "dropout_statistics.csv"
 
 Row = tuple[str, float, int, float, float]
 """test, keep, draws, value, z"""
@@ -132,26 +135,44 @@ def seeds(keep: float, draws: int) -> Iterator[Row]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--draws", type=int, default=10**9, help="draws for each keep")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+class Case(NamedTuple):
+    """A family of tests with one keep."""
+
+    tests: Callable[[float, int], Iterator[Row]]
+    keep: float
+
+    def __str__(self) -> str:
+        return f"{self.tests.__name__}, keep {self.keep:g}"
+
+
+def measure(case: Case, options: Namespace) -> Iterator[harness.Row]:
     draws = -(-options.draws // CHUNK) * CHUNK
-    rows: list[Row] = []
-    for keep in KEEPS:
-        for test in (rates, correlations, seeds):
-            for row in test(keep, draws):
-                rows.append(row)
-                name, _, n, value, z = row
-                print(f"keep {keep:<6} {name:52} {n:>11}  {value:>14.8g}  z = {z:+.2f}", flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(options.output) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["test", "keep", "draws", "value", "z"])
-        writer.writerows([name, keep, n, f"{v:.10g}", f"{z:.3f}"] for name, keep, n, v, z in rows)
-    print(f"largest |z|: {max(abs(row[4]) for row in rows):.2f} of {len(rows)} tests")
+    for name, keep, n, value, z in case.tests(case.keep, draws):
+        # As text, since a rate of 0.5000026 is more than five digits.
+        digits = {"value": f"{value:.10g}", "z": f"{z:.3f}"}
+        yield {"test": name, "keep": keep, "draws": n, **digits}
+
+
+def line(row: harness.Row) -> str:
+    return f"  {row['test']:52} {row['draws']:>11}  {row['value']:>14}  z = {row['z']:>6}"
+
+
+BENCHMARK = Benchmark(
+    claim="Test whether the dropout mask is random.",
+    stem="dropout_statistics",
+    columns=COLUMNS,
+    keys=KEYS,
+    cases=lambda options: [Case(t, k) for k in KEEPS for t in (rates, correlations, seeds)],
+    measure=measure,
+    line=line,
+    holds=lambda row: abs(float(row["z"])) < 5,
+    draws=10**9,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return harness.run(BENCHMARK, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

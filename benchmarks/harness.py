@@ -1,8 +1,10 @@
-"""The runner that all benchmarks share: providers side by side in one process, taken in turn.
+"""What all benchmarks share: how they measure, keep their rows, and write their tables.
 
-A provider is one way to do the same work. In every round each provider is measured once, in a new
-random order, so that whatever else the machine does meets all of them alike. What is reported is
-the median, the minimum and the quartiles of at least 30 rounds.
+A benchmark is a :class:`Benchmark`: its claim, its columns, its cases, how one is measured, and the
+tables that follow; :func:`run` is its program. Providers, each one way to do the same work, stand
+side by side in one process. In every round each provider is measured once, in a new random order,
+so that whatever else the machine does meets all of them alike. What is reported is the median, the
+minimum and the quartiles of at least 30 rounds.
 
 The unit beside milliseconds is the cold copy: the time of ``y.copy_(x)`` for as many bytes, at the
 rate of a tensor of 26 MB that is not in the cache. It moves two tensors, one read and one written;
@@ -17,11 +19,12 @@ import csv
 import random
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +43,9 @@ Measure = Callable[[int], dict[str, float]]
 """Does the work that many times and gives, for each pass, the seconds of one time."""
 
 Row = dict[str, Any]
+
+TIMES = ("median_ms", "min_ms", "p25", "p75")
+"""The columns that :func:`summary` fills."""
 
 
 @dataclass(frozen=True)
@@ -148,50 +154,122 @@ def threads(count: int) -> Iterator[None]:
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Median, minimum and quartiles, in milliseconds."""
-    quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
-    return {
-        "median_ms": statistics.median(seconds) * 1e3,
-        "min_ms": min(seconds) * 1e3,
-        "p25": quartiles[0] * 1e3,
-        "p75": quartiles[2] * 1e3,
-    }
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return dict(zip(TIMES, (1e3 * s for s in (median, min(seconds), low, high)), strict=True))
 
 
-# ---- The command line --------------------------------------------------------------------------
+def compare(row: Row, peers: Sequence[Row]) -> None:
+    """Say how many times as fast a row is as the first of its peers, and as the best of them."""
+    row["ratio"] = peers[0]["median_ms"] / row["median_ms"]
+    row["ratio_best"] = min(peer["median_ms"] for peer in peers) / row["median_ms"]
+    row["ratio_min"] = peers[0]["min_ms"] / row["min_ms"]
 
 
-def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The options that the benchmarks have in common."""
-    result = argparse.ArgumentParser(description=description)
-    result.add_argument(
-        "--filter", metavar="REGEX", default="", help="measure only what matches, as printed"
-    )
-    result.add_argument("--repeats", type=int, default=40, help="rounds; at least 30 to publish")
-    result.add_argument(
+# ---- The program -------------------------------------------------------------------------------
+
+
+class Section(NamedTuple):
+    """A marked block of a document, and the table that goes there."""
+
+    name: str
+    table: Callable[[Sequence[Row]], str]
+    documents: Sequence[Path] = DOCUMENTS
+
+
+class Benchmark(NamedTuple):
+    """One claim and the program that holds it to the machine it runs on.
+
+    Attributes:
+        claim: what it measures, in a sentence.
+        stem: of its CSV.
+        columns: of a row, without processor and torch, which every CSV ends with.
+        keys: how many of them, from the left, tell one row from another.
+        cases: what there is to measure; as text a case is what ``--filter`` matches.
+        measure: the rows of one case.
+        line: a row as it is printed, below the head.
+        head: the head of those lines.
+        sections: the tables, made of all rows of the CSV.
+        finish: what else is made of them, in the folder of the results.
+        holds: whether a row of a check is as it should be.
+        switches: further options, and their help.
+        draws: a check's number of draws, an option with this default.
+    """
+
+    claim: str
+    stem: str
+    columns: Sequence[str]
+    keys: int
+    cases: Callable[[argparse.Namespace], Iterable[Any]]
+    measure: Callable[[Any, argparse.Namespace], Iterable[Row]]
+    line: Callable[[Row], str]
+    head: str = ""
+    sections: Sequence[Section] = ()
+    finish: Callable[[Sequence[Row], Path], None] = lambda rows, folder: None
+    holds: Callable[[Row], bool] = lambda row: True
+    switches: Mapping[str, str] = {}
+    draws: int | None = None
+
+
+def run(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
+    """Measure case by case; after each the CSV is whole, so an interrupted run loses little.
+
+    Returns:
+        0; 1 where a row does not hold; 2 where there is nothing to do.
+    """
+    options = parse(benchmark, argv)
+    path = options.output / f"{benchmark.stem}.csv"
+    keys = benchmark.columns[: benchmark.keys]
+    failures = 0
+    if options.tables:
+        rows = read_rows(path)
+    else:
+        chosen = [c for c in benchmark.cases(options) if re.search(options.filter, str(c))]
+        if not chosen:
+            print(f"--filter {options.filter!r} matches no case", file=sys.stderr)
+            return 2
+        print_machine()
+        rows = merge(path, [], benchmark.columns, keys)
+        for case in chosen:
+            print(f"\n{case}\n{benchmark.head}".rstrip(), flush=True)
+            new = []
+            for row in benchmark.measure(case, options):
+                print(benchmark.line(row), flush=True)
+                failures += not benchmark.holds(row)
+                new.append(row)
+            rows = merge(path, new, benchmark.columns, keys)
+    benchmark.finish(rows, options.output)
+    if options.output.resolve() == RESULTS:
+        for section in benchmark.sections:
+            write_section(section.name, section.table(rows), section.documents)
+    print(f"\n{path}" + (f"; {failures} failed" if failures else ""))
+    return min(failures, 1)
+
+
+def parse(benchmark: Benchmark, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line, and make the output folder."""
+    given = argparse.ArgumentParser(description=benchmark.claim)
+    add = given.add_argument
+    add("--filter", metavar="REGEX", default="", help="measure only what matches, as printed")
+    add("--repeats", type=int, default=40, help="rounds; at least 30 to publish")
+    add(
         "--threads",
         type=int,
         nargs="+",
         default=sorted({1, torch.get_num_threads()}),
         help="numbers of threads (default: 1 and all)",
     )
-    result.add_argument(
-        "--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing"
-    )
-    result.add_argument(
+    add("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    add("--tables", action="store_true", help="measure nothing: write the tables again")
+    add(
         "--output",
         type=Path,
         help="folder of results; rows of a CSV that is there are kept unless measured again "
         "(default: benchmarks/results, or build/benchmarks with --quick)",
     )
-    result.set_defaults(**defaults)
-    return result
-
-
-def parse(description: str, argv: Sequence[str] | None, **extra: str) -> argparse.Namespace:
-    """Read the command line; ``extra`` are switches and their help. Makes the output folder."""
-    given = parser(description)
-    for name, text in extra.items():
-        given.add_argument(f"--{name}", action="store_true", help=text)
+    for name, text in benchmark.switches.items():
+        add(f"--{name}", action="store_true", help=text)
+    if benchmark.draws is not None:
+        add("--draws", type=int, default=benchmark.draws, help="numbers to draw")
     options = given.parse_args(argv)
     try:
         re.compile(options.filter)
@@ -286,3 +364,40 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; the first column is text, the others are numbers."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def best(rows: Iterable[Row], **wanted: Any) -> Row | None:
+    """The fastest of the rows with these values."""
+    return min(pick(rows, **wanted), key=lambda row: row["median_ms"], default=None)
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def milliseconds(row: Row | None) -> str:
+    """A row's median, or nothing where there is none."""
+    return "" if row is None else number(row["median_ms"])
+
+
+HEAD_OF_TIMES = f"{'median':>9} {'minimum':>9}  {'quartiles':>19} ms"
+
+
+def times(row: Row) -> str:
+    """What stands below :data:`HEAD_OF_TIMES`."""
+    return "{:9.3f} {:9.3f}  {:9.3f} {:9.3f}   ".format(*(row[name] for name in TIMES))
+
+
+def in_words(shape: Sequence[int], threads: int) -> str:
+    return f"({', '.join(map(str, shape))}), {threads} thread{'s' * (threads > 1)}"
+
+
+def most_threads(rows: Iterable[Row]) -> int:
+    """The number of threads that the tables show."""
+    return max((row["threads"] for row in rows), default=1)

@@ -1,4 +1,4 @@
-"""Architectures that others wrote, with random weights, for benchmarks/architectures.py.
+"""Architectures that others wrote, with random weights, for architectures.py.
 
 From pytorchcv, from transformers (vision models of small configurations) and from MONAI (volumes);
 what is not installed is left out. A few of torch alone stand for the shapes of code that users
@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +43,9 @@ class Architecture:
     shape: tuple[int, ...] = IMAGE
     timed: tuple[int, ...] = ()
     draws: bool = field(default=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.name}"
 
 
 def architectures() -> Iterator[Architecture]:
@@ -303,25 +303,12 @@ _TRANSFORMERS: dict[str, dict[str, Any]] = {
 }
 
 
-@contextmanager
-def _without_this_folder() -> Iterator[None]:
-    """transformers looks for a package called kernels, and would find kernels.py here."""
-    before = sys.path[:]
-    here = Path(__file__).parent
-    sys.path[:] = [place for place in before if Path(place).resolve() != here]
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
 def _transformer(
     name: str, options: dict[str, Any], task: str = "ImageClassification"
 ) -> torch.nn.Module:
-    with _without_this_folder():
-        transformers = importlib.import_module("transformers")
-        kind = getattr(transformers, f"{name}For{task}")
-        network: torch.nn.Module = kind(getattr(transformers, f"{name}Config")(**options))
+    transformers = importlib.import_module("transformers")
+    kind = getattr(transformers, f"{name}For{task}")
+    network: torch.nn.Module = kind(getattr(transformers, f"{name}Config")(**options))
     return network
 
 

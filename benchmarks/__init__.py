@@ -1,0 +1,1 @@
+"""Measurements of normdrop; run them from the repository: ``python -m benchmarks.kernels``."""
