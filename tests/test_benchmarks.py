@@ -111,8 +111,10 @@ def test_harness_writes_between_markers(script, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ("kernels", "memory", "training_step", "training_step_apart", "inference")
-    + ("checks.architectures",),
+    [
+        *("kernels", "memory", "training_step", "training_step_apart", "inference"),
+        "checks.architectures",
+    ],
 )
 def test_documents_show_what_the_results_hold(script, name):
     benchmark, harness = script(name).BENCHMARK, script("harness")
