@@ -13,6 +13,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+# A worker that dies ends the run: of a replaced one, loadgroup waits for ever for what it had to do.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup --max-worker-restart=0
 CSRC   := $(shell find src/normdrop/csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: train test lint format bench wheel build sanitize clean help
@@ -25,7 +27,7 @@ train: $(VENV)/.train
 	$(BIN)/normdrop train
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -84,7 +86,7 @@ sanitize: $(VENV)/.dev
 	tests="tests/ops --ignore tests/ops/test_build.py"; \
 	for isa in $$($(BIN)/python -c '$(SETS_HERE)'); do \
 	  echo "Kernels for $$isa"; \
-	  NORMDROP_ISA=$$isa LD_PRELOAD="$$preload" $(BIN)/python -m pytest -q -n auto -p no:cacheprovider \
+	  NORMDROP_ISA=$$isa LD_PRELOAD="$$preload" $(PYTEST) -q -p no:cacheprovider \
 	    $(or $(PYTEST_ARGS),$$tests) || exit 1; \
 	  tests="$$tests --ignore tests/ops/test_instruction_sets.py"; \
 	  tests="$$tests --ignore tests/ops/test_batch_norm_outliers.py"; \

@@ -84,7 +84,7 @@ def test_help_imports_no_torch():
         "import sys; from normdrop.cli import main; main(['--help']); main(['train', '--help']);"
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=600)
 
 
 def test_without_arguments_the_commands_are_shown(capsys):
@@ -204,6 +204,7 @@ def test_no_traceback_from_the_real_program(tmp_path):
         text=True,
         cwd=tmp_path,
         check=False,
+        timeout=600,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("normdrop: data must be")

@@ -18,10 +18,20 @@ SMALL = [
 ]  # fmt: skip
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on():
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def start(arguments, folder, **options):
     # A shell starts its background jobs with Ctrl-C ignored, and their children inherit it.
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "normdrop", *arguments],
         cwd=folder,
         text=True,
@@ -29,6 +39,8 @@ def start(arguments, folder, **options):
         stderr=subprocess.PIPE,
         **options,
     )
+    STARTED.append(process)
+    return process
 
 
 def wait_for(condition, process, limit=180.0):
@@ -94,7 +106,7 @@ def test_a_terminal_shows_a_bar_with_loss_accuracy_and_speed(tmp_path):
             break
         shown += part
     os.close(own)
-    assert process.wait() == 0
+    assert process.wait(timeout=300) == 0
     text = shown.decode()
     assert "━" in text
     bar = next(line for line in text.splitlines() if "━" in line and "accuracy" in line)

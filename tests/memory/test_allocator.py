@@ -34,7 +34,7 @@ def test_freed_memory_is_not_fetched_again():
         command = [sys.executable, "-c", FAULTS, how]
         ours = ("MALLOC_", "GLIBC_TUNABLES")
         others = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        return int(subprocess.check_output(command, env=others | environment))
+        return int(subprocess.check_output(command, env=others | environment, timeout=600))
 
     fetched = faults("")
     assert faults("keep") < fetched / 4

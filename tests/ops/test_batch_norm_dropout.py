@@ -389,6 +389,7 @@ def test_batch_norm_dropout_mask_is_that_of_every_instruction_set(isa, tmp_path)
         [sys.executable, "-c", program, str(path)],
         check=True,
         env={**os.environ, "NORMDROP_ISA": isa},
+        timeout=600,
     )
     masks = torch.load(path)
     assert len(masks) == 28

@@ -85,6 +85,7 @@ def test_outliers_at_the_start_cost_little_accuracy(isa):
         capture_output=True,
         text=True,
         check=False,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""

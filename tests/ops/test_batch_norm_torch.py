@@ -306,6 +306,7 @@ def test_batch_norm_instruction_sets_agree(isa, tmp_path):
             [sys.executable, "-c", program, str(path)],
             check=True,
             env={**os.environ, **environment},
+            timeout=600,
         )
         results.append(torch.load(path))
     for ours, theirs in zip(*results, strict=True):

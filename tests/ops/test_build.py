@@ -38,6 +38,7 @@ def run(code: str, *flags: str, **environment: str) -> subprocess.CompletedProce
         text=True,
         check=True,
         env={**os.environ, **environment},
+        timeout=600,
     )
 
 
@@ -61,6 +62,7 @@ def build(tree: Path, *arguments: str, **environment: str) -> subprocess.Complet
         text=True,
         check=False,
         env={**os.environ, **environment},
+        timeout=600,
     )
 
 
@@ -173,18 +175,24 @@ def test_wheel_serves_every_python_and_torch(tree, tmp_path_factory):
 
     # The other packages come from this environment; normdrop must not.
     place = tmp_path_factory.mktemp("fresh")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True, timeout=600)
     python = place / "bin" / "python"
     (site,) = place.glob("lib/python*/site-packages")
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel],
         check=True,
+        timeout=600,
     )
     code = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
     code += SMOKE + f"assert normdrop.__file__.startswith({str(place)!r}), normdrop.__file__"
     code = code.replace("import torch\n", "import normdrop, torch\n")
     done = subprocess.run(
-        [python, "-I", "-c", code], capture_output=True, text=True, check=False, cwd=place
+        [python, "-I", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=place,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "kernels: True" in done.stdout
@@ -196,7 +204,7 @@ def test_extension_names_no_version_of_torch_or_python():
     from normdrop import _C
 
     dynamic = subprocess.run(
-        ["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True
+        ["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True, timeout=600
     ).stdout
     needed = [line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "NEEDED" in line]
     assert "libtorch_cpu.so" in needed

@@ -38,7 +38,7 @@ def setup_flags() -> list[str]:
 def compile_for(compiler: str, source: Path, target: Path) -> Path:
     command = [compiler, *setup_flags(), "-Werror", "-fPIC", "-DNORMDROP_ISA=baseline"]
     command += [f"-I{SOURCES}", "-c", str(source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return target
 
@@ -62,6 +62,7 @@ def test_kernels_compile_for_arm_without_warnings(objects):
         capture_output=True,
         text=True,
         check=True,
+        timeout=600,
     ).stdout
     assert "umull\tv" in code  # Philox multiplies in vectors
 
@@ -73,15 +74,15 @@ def test_arm_gives_the_same_bits(objects, tmp_path):
     parts = ["kernels_check", "dropout_kernels"]
     for_arm = tmp_path / "check-arm"
     arm_objects = [str(objects[part]) for part in parts]
-    subprocess.run([CROSS, "-static", *arm_objects, "-o", for_arm], check=True)
+    subprocess.run([CROSS, "-static", *arm_objects, "-o", for_arm], check=True, timeout=600)
     here = [
         compile_for("c++", source, tmp_path / f"{source.stem}.o")
         for source in (CHECK, SOURCES / "dropout" / "dropout_kernels.cpp")
     ]
-    subprocess.run(["c++", *here, "-o", tmp_path / "check"], check=True)
+    subprocess.run(["c++", *here, "-o", tmp_path / "check"], check=True, timeout=600)
 
     def lines(*command: str | Path) -> list[str]:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
         return done.stdout.splitlines()
 
     arm, expected = lines(QEMU, for_arm), lines(tmp_path / "check")

@@ -106,6 +106,7 @@ def results_under(tmp_path: Path, **environment: str) -> tuple[Results, Results]
         capture_output=True,
         text=True,
         check=False,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     dropout, batch_norm = torch.load(path, weights_only=True)
@@ -146,6 +147,7 @@ def test_instruction_set_of_unknown_name_is_said():
         capture_output=True,
         text=True,
         check=True,
+        timeout=600,
     )
     assert "NORMDROP_ISA must be one of baseline, avx2, avx512, got 'AVX-512'" in done.stderr
 

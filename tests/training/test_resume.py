@@ -115,7 +115,7 @@ def test_a_killed_run_ends_with_the_same_bits(small, tmp_path):
         time.sleep(0.3)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait(timeout=300)
     assert not (killed / "result.json").exists(), "the run ended before it could be killed"
     assert_same_end(train(resume=killed), whole)
 
