@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from normdrop import cli
-from normdrop.training.options import (
+from normdrop.runs.options import (
     DataOptions,
     NetworkOptions,
     Options,
@@ -174,9 +174,9 @@ def test_a_flag_overrides_the_file_of_options(parsed, tmp_path, first):
         (["train", "--model", "resnet21"], "expected `depth` to be"),
         (["train", "--model", "vgg11"], "vgg11"),
         (["train", "--target", "x"], "target is not an option of digits; leave it out"),
-        (["train", "--resume", "nowhere"], "There is no run folder nowhere"),
-        (["evaluate", "nowhere"], "There is no run folder nowhere"),
-        (["predict", "nowhere", "a.png"], "There is no run folder nowhere"),
+        (["train", "--resume", "nowhere"], "Expected a run folder, but nowhere is not there"),
+        (["evaluate", "nowhere"], "Expected a run folder, but nowhere is not there"),
+        (["predict", "nowhere", "a.png"], "Expected a run folder, but nowhere is not there"),
         (["predict", "nowhere"], "the following arguments are required: files"),
         (["describe", "--input", "3x"], "Expected input such as 224x224x3"),
         (["describe", "--model", "vgg12"], "vgg"),

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from normdrop.errors import UserError
 from normdrop.flags import parse, unknown
-from normdrop.training.options import (
+from normdrop.runs.options import (
     DataOptions,
     NetworkOptions,
     Options,
@@ -57,7 +57,7 @@ def train(
     keep_freed_memory_unless_told()
     folder = train(Options(data, network, recipe, run), resume=resume)
     if run.report:
-        from normdrop.study.report import write_report
+        from normdrop.report.report import write_report
 
         write_report(folder)
     conclude(folder)
@@ -136,7 +136,7 @@ def report(run: Path) -> None:
     Args:
         run: a run folder.
     """
-    from normdrop.study.report import write_report
+    from normdrop.report.report import write_report
 
     print(f"Report: {write_report(run)}")
 

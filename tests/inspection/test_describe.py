@@ -12,7 +12,6 @@ import normdrop
 from normdrop import networks
 from normdrop.errors import UserError
 from normdrop.inspection import Layer
-from normdrop.inspection.describe import parse_input
 
 
 def _on_meta(name: str, side: int, **options: Any) -> normdrop.inspection.Description:
@@ -61,13 +60,6 @@ def test_where_there_is_no_convolution_the_first_batch_norm_says_it() -> None:
     model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.BatchNorm2d(8))
     assert normdrop.describe(model, (32, 5, 8)).input_shape == (8, 32, 5)
     assert normdrop.describe(networks.mlp((12, 4, 10)), (6, 2, 1)).input_shape == (1, 6, 2)
-
-
-def test_parse_input_gives_torchs_order() -> None:
-    assert parse_input("224x224x3") == (3, 224, 224)
-    assert parse_input("28 x 28 x 1") == (1, 28, 28)
-    assert parse_input("3x32x32") == (3, 32, 32)
-    assert parse_input("784") == (784,)
 
 
 @pytest.mark.parametrize("size", ["", "224x", "axb", "0x3x3", "-3", (), (3, 0), (2.5,), None, 7])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from normdrop.runs.options import Options
 from normdrop.training.fit import train
-from normdrop.training.options import Options
 
 # A network and a split small enough for a run of about a second.
 SMALL = {

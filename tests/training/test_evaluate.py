@@ -15,12 +15,12 @@ from sklearn.datasets import load_digits, load_iris
 
 from normdrop import cli, data
 from normdrop.errors import UserError
-from normdrop.training.callbacks import COLUMNS
+from normdrop.runs.folder import COLUMNS
+from normdrop.runs.options import Options
+from normdrop.runs.weights import load_network
 from normdrop.training.evaluate import evaluate
 from normdrop.training.fit import train
-from normdrop.training.options import Options
 from normdrop.training.predict import predictions
-from normdrop.training.weights import load_network
 
 
 def result_of(run):

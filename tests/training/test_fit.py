@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import yaml
 
 from normdrop import cli
 from normdrop.errors import UserError
-from normdrop.training import callbacks, evaluate, runs
+from normdrop.runs import write
+from normdrop.runs.weights import load_network
+from normdrop.training.evaluate import evaluate
 from normdrop.training.fit import train
 from normdrop.training.task import Task
 
@@ -63,12 +66,9 @@ def test_a_runs_dir_that_cannot_be_is_named(small, tmp_path):
 @pytest.mark.parametrize("precision", ["bfloat16", "float64"])
 def test_precision(small, precision):
     run = train(small(epochs=1, precision=precision))
-    weights = evaluate.load_network(run)[0].fc.weight
+    weights = load_network(run)[0].fc.weight
     assert weights.dtype == (torch.float64 if precision == "float64" else torch.float32)
-    assert (
-        evaluate.evaluate(run)["accuracy"]
-        == json.loads((run / "result.json").read_text())["accuracy"]
-    )
+    assert evaluate(run)["accuracy"] == json.loads((run / "result.json").read_text())["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_networks_without_norm(small, options, first):
     norms = json.loads((run / "run.json").read_text())["norm_layers"]
     assert [layer["name"] for layer in norms][:1] == first
     assert len(norms) <= 1 or "norm" not in options
-    network = evaluate.load_network(run)[0]
+    network = load_network(run)[0]
     found = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert len(found) == len(norms)
 
@@ -143,7 +143,7 @@ def test_a_relative_path_is_kept_whole(tmp_path, monkeypatch):
     assert command == "normdrop train --config 'runs/my run/options.yaml'"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert evaluate.evaluate(run)["count"] == 12
+    assert evaluate(run)["count"] == 12
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small):
@@ -170,14 +170,14 @@ class TestNoRoom:
         """Let writing fail from a certain epoch on."""
 
         def arm(epoch, code=errno.ENOSPC):
-            original = callbacks.write_atomically
+            original = write.write_atomically
 
             def write_atomically(path):
                 if self.epoch >= epoch:
                     raise OSError(code, "No space left on device", str(path))
                 return original(path)
 
-            monkeypatch.setattr(callbacks, "write_atomically", write_atomically)
+            monkeypatch.setattr(write, "write_atomically", write_atomically)
             start = Task.on_train_epoch_start
 
             def on_train_epoch_start(task):
@@ -196,7 +196,7 @@ class TestNoRoom:
         ):
             train(small(name="full"))
         undo()
-        full = runs.Path(small().run.runs_dir) / "full"
+        full = Path(small().run.runs_dir) / "full"
         last = torch.load(full / "checkpoints" / "last.ckpt", weights_only=True)
         assert last["callbacks"]["Record"]["rows"][-1]["epoch"] == 1
         assert not list(full.rglob("*.part"))
@@ -215,7 +215,7 @@ class TestNoRoom:
         # The disk fills up in the middle of the second checkpoint.
         written = []
 
-        class Half(type(runs.Path())):
+        class Half(type(Path())):
             def write_bytes(self, data):
                 written.append(self)
                 if len(written) == 3:
@@ -223,7 +223,7 @@ class TestNoRoom:
                     raise OSError(errno.ENOSPC, "No space left on device")
                 return super().write_bytes(data)
 
-        original = callbacks.write_atomically
+        original = write.write_atomically
         import contextlib
 
         @contextlib.contextmanager
@@ -231,10 +231,10 @@ class TestNoRoom:
             with original(path) as temporary:
                 yield Half(temporary)
 
-        monkeypatch.setattr(callbacks, "write_atomically", write_atomically)
+        monkeypatch.setattr(write, "write_atomically", write_atomically)
         with pytest.raises(UserError, match="No space left on device"):
             train(small(name="full", epochs=5))
-        full = runs.Path(small().run.runs_dir) / "full"
+        full = Path(small().run.runs_dir) / "full"
         torch.load(full / "checkpoints" / "last.ckpt", weights_only=True)
         assert not list(full.rglob("*.part"))
 
@@ -242,17 +242,17 @@ class TestNoRoom:
         def write_text(path, text):
             raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-        monkeypatch.setattr(runs, "write_text", write_text)
+        monkeypatch.setattr(write, "write_text", write_text)
         with pytest.raises(UserError, match=r"Read-only file system\); choose another folder"):
             train(small(name="read-only"))
 
     def test_when_the_result_is_written(self, small, monkeypatch):
-        def save_tensors(path, tensors):
+        def write_tensors(path, tensors):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-        monkeypatch.setattr(evaluate, "save_tensors", save_tensors)
+        monkeypatch.setattr(write, "_write_tensors", write_tensors)
         with pytest.raises(UserError, match="No space left on device"):
             train(small(name="full", epochs=1))
         monkeypatch.undo()
-        full = runs.Path(small().run.runs_dir) / "full"
+        full = Path(small().run.runs_dir) / "full"
         assert (train(resume=full) / "result.json").exists()

@@ -11,7 +11,6 @@ from normdrop.training.measure import (
     machine,
     measure,
     predict_batches,
-    wilson_interval,
 )
 
 
@@ -78,10 +77,13 @@ def test_a_class_that_never_comes_up_counts_as_zero():
 @pytest.mark.parametrize(
     ("right", "count"), [(0, 10), (10, 10), (7, 10), (359, 360), (9490, 10000)]
 )
-def test_wilson_interval_solves_its_equation(right, count):
+def test_the_interval_of_the_accuracy_solves_wilsons_equation(right, count):
     # Its ends are the shares p with |p̂ − p| = z·sqrt(p(1 − p)/n).
     z = 1.959963984540054
-    for end in wilson_interval(right, count):
+    labels = (torch.arange(count) >= right).long()
+    result = measure(torch.tensor([[1.0, 0.0]]).expand(count, 2), labels, "ab")
+    assert result["accuracy"] == right / count
+    for end in result["accuracy_interval"]:
         share = right / count
         assert abs(share - end) == pytest.approx(z * math.sqrt(end * (1 - end) / count), abs=1e-7)
         assert 0 <= end <= 1

@@ -10,9 +10,9 @@ from normdrop import cli
 from normdrop.errors import UserError
 from normdrop.memory import recompute
 from normdrop.memory.low import is_saving_memory
+from normdrop.runs.weights import load_network
 from normdrop.training.fit import Stopped, train
 from normdrop.training.task import Task
-from normdrop.training.weights import load_network
 
 # Wide enough that the kernels compute the first stage, not torch's operator.
 WIDE = {"width": 16, "epochs": 2}

@@ -14,11 +14,11 @@ import torch
 import yaml
 
 from normdrop.errors import UserError
-from normdrop.training import callbacks
+from normdrop.runs import write
+from normdrop.runs.options import Options
+from normdrop.runs.weights import load_checkpoint
 from normdrop.training.fit import Stopped, train
-from normdrop.training.options import Options
 from normdrop.training.task import Task
-from normdrop.training.weights import load_checkpoint
 
 
 @pytest.fixture
@@ -140,8 +140,8 @@ def test_a_run_killed_between_its_two_checkpoints_ends_with_the_same_bits(
             raise KeyboardInterrupt
         return original(source, target)
 
-    original = callbacks.shutil.copyfile
-    monkeypatch.setattr(callbacks.shutil, "copyfile", copyfile)
+    original = write.shutil.copyfile
+    monkeypatch.setattr(write.shutil, "copyfile", copyfile)
     with pytest.raises(Stopped):
         train(small(name="stopped"))
     monkeypatch.undo()
@@ -177,9 +177,9 @@ def test_a_finished_run_is_not_resumed(finished_run):
 
 
 def test_a_folder_that_is_no_run_is_not_resumed(tmp_path):
-    with pytest.raises(UserError, match=r"Expected a run folder with options.yaml"):
+    with pytest.raises(UserError, match=r"Expected a run folder, but .* has no options.yaml"):
         train(resume=tmp_path)
-    with pytest.raises(UserError, match=r"There is no run folder"):
+    with pytest.raises(UserError, match=r"Expected a run folder, but .*nowhere is not there"):
         train(resume=tmp_path / "nowhere")
 
 

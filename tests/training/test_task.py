@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normdrop import nn
-from normdrop.training.options import RecipeOptions
+from normdrop.runs.options import RecipeOptions
 from normdrop.training.task import Task, learning_rate, step_seed
 
 

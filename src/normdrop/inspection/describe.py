@@ -18,7 +18,7 @@ from normdrop.inspection.description import Description, Layer
 from normdrop.memory import recompute
 from normdrop.surgery import fusion
 
-__all__ = ["describe", "parse_input"]
+__all__ = ["describe"]
 
 _BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
@@ -288,16 +288,6 @@ def _first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, (list, tuple)):
         return next(filter(lambda found: found is not None, map(_first_tensor, output)), None)
     return None
-
-
-def parse_input(text: str) -> tuple[int, ...]:
-    """Read an input's shape and give it in torch's order, as ``networks.build`` takes it.
-
-    Example:
-        >>> parse_input("224x224x3"), parse_input("3x224x224"), parse_input("13")
-        ((3, 224, 224), (3, 224, 224), (13,))
-    """
-    return _in_torch_order(_sizes(text), None)
 
 
 def _sizes(given: object) -> tuple[int, ...]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -15,29 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from normdrop.errors import UserError
-from normdrop.files import write_atomically, write_text
-from normdrop.training.runs import cannot_write
+from normdrop.runs.folder import COLUMNS, best_checkpoint, cannot_write, last_checkpoint
+from normdrop.runs.write import keep_best_as_last, write_checkpoint, write_metrics
 from normdrop.training.task import Task
 
-__all__ = ["COLUMNS", "AtomicCheckpoints", "Display", "Record", "say", "silence"]
-
-COLUMNS = (
-    "epoch",
-    "step",
-    "learning_rate",
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "seconds",
-    "images_per_second",
-)
+__all__ = ["AtomicCheckpoints", "Display", "Record", "say", "silence"]
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -47,11 +31,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         """Write ``checkpoint`` to a temporary name, flush it, rename it."""
-        # When torch.save writes a file itself, a full disk is a RuntimeError without errno.
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        with write_atomically(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+        write_checkpoint(Path(path), checkpoint)
 
 
 class Record(pl.callbacks.Checkpoint):
@@ -68,16 +48,6 @@ class Record(pl.callbacks.Checkpoint):
         self.folder = folder
         self.rows: list[dict[str, float]] = []
         self.best_epoch = 0
-
-    @property
-    def last(self) -> Path:
-        """The checkpoint of the last whole epoch."""
-        return self.folder / "checkpoints" / "last.ckpt"
-
-    @property
-    def best(self) -> Path:
-        """The checkpoint of the best epoch."""
-        return self.folder / "checkpoints" / "best.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far and the best epoch."""
@@ -103,12 +73,11 @@ class Record(pl.callbacks.Checkpoint):
             )
         try:
             # The best comes first: killed between the two, the run repeats this epoch.
-            trainer.save_checkpoint(self.best if better else self.last)
+            trainer.save_checkpoint((best_checkpoint if better else last_checkpoint)(self.folder))
             if trainer.is_global_zero:
                 if better:
-                    with write_atomically(self.last) as temporary:
-                        shutil.copyfile(self.best, temporary)
-                self.write_metrics()
+                    keep_best_as_last(self.folder)
+                write_metrics(self.folder, self.rows)
         except OSError as error:
             raise cannot_write(error, self.folder) from error
 
@@ -120,17 +89,6 @@ class Record(pl.callbacks.Checkpoint):
             f"The loss is {row['train_loss']} in epoch {row['epoch']}{whole}; "
             "train again with a lower --learning-rate"
         )
-
-    def write_metrics(self) -> None:
-        """Write metrics.csv."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-            for row in self.rows
-        )
-        write_text(self.folder / "metrics.csv", text.getvalue())
 
 
 class Display(pl.Callback):

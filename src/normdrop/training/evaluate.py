@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,11 @@ from torch import Tensor
 
 from normdrop import data
 from normdrop.errors import UserError
-from normdrop.files import write_text
+from normdrop.runs.data import check_same_data, load_data
+from normdrop.runs.folder import command_to_repeat
+from normdrop.runs.read import read_options
+from normdrop.runs.weights import load_network
+from normdrop.runs.write import write_end
 from normdrop.training.measure import (
     check_flip,
     count_parameters,
@@ -21,8 +24,6 @@ from normdrop.training.measure import (
     measure,
     predict_batches,
 )
-from normdrop.training.runs import check_same_data, command_to_repeat, load_data, read_options
-from normdrop.training.weights import load_network, save_tensors
 
 __all__ = ["evaluate", "finish"]
 
@@ -81,10 +82,13 @@ def finish(
     train_seconds: float,
     flip: bool = False,
 ) -> dict[str, Any]:
-    """Write the weights, test them once, and write what the test says."""
-    save_tensors(folder / "weights.safetensors", network.state_dict())
+    """Test the weights once, and write them and what the test says."""
     probabilities, labels = predict_batches(network, datamodule.test_dataloader(), flip=flip)
-    _write_evaluation(folder, probabilities, labels, datamodule)
+    worst = _worst_mistakes(probabilities, labels)
+    evaluation = {"probabilities": probabilities, "labels": labels, "mistakes": worst}
+    if datamodule.kind == "image" and len(worst):
+        pictures = np.stack(datamodule.pictures("test", worst.tolist()))
+        evaluation["mistake_pictures"] = torch.from_numpy(pictures)
     result = {
         "split": "test",
         "flip_test": flip,
@@ -96,30 +100,21 @@ def finish(
         "machine": machine(),
         "command": command_to_repeat(folder),
     }
-    # Last of all: a folder with result.json is a finished run.
-    _write_json(folder / "result.json", result)
+    write_end(
+        folder,
+        weights=network.state_dict(),
+        evaluation=evaluation,
+        mistake_names=datamodule.names("test", worst.tolist()),
+        result=result,
+    )
     return result
 
 
-def _write_evaluation(
-    folder: Path, probabilities: Tensor, labels: Tensor, datamodule: data.DataModule
-) -> None:
-    """What the report shows beside the figures: probabilities, and the worst mistakes."""
+def _worst_mistakes(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Positions of the samples that were classified wrong, the most confident first."""
     wrong = (probabilities.argmax(1) != labels).nonzero().flatten()
     confidence = probabilities[wrong].max(1).values
-    worst = wrong[confidence.argsort(descending=True, stable=True)][:MISTAKES]
-    tensors = {"probabilities": probabilities, "labels": labels, "mistakes": worst}
-    indices = worst.tolist()
-    if datamodule.kind == "image" and indices:
-        pictures = np.stack(datamodule.pictures("test", indices))
-        tensors["mistake_pictures"] = torch.from_numpy(pictures)
-    save_tensors(folder / "evaluation.safetensors", tensors)
-    names = datamodule.names("test", indices)
-    _write_json(folder / "evaluation.json", {"mistake_names": names})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return wrong[confidence.argsort(descending=True, stable=True)][:MISTAKES]
 
 
 def _split(datamodule: data.DataModule, split: str) -> Any:

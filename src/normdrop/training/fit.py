@@ -17,27 +17,27 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from normdrop import data, networks
+from normdrop import data
 from normdrop.errors import UserError
+from normdrop.runs.data import check_same_data, load_data, located
+from normdrop.runs.folder import (
+    RESULT,
+    best_checkpoint,
+    cannot_write,
+    command_to_repeat,
+    command_to_resume,
+    last_checkpoint,
+)
+from normdrop.runs.network import build_network, network_record
+from normdrop.runs.options import Options, RunOptions, seconds
+from normdrop.runs.read import read_options
+from normdrop.runs.weights import best_weights, load_checkpoint, with_weights
+from normdrop.runs.write import new_folder, remove_parts, write_start
 from normdrop.training.callbacks import AtomicCheckpoints, Display, Record, say, silence
 from normdrop.training.evaluate import finish
 from normdrop.training.measure import check_flip, count_parameters
-from normdrop.training.options import Options, RunOptions, seconds
 from normdrop.training.recipes import resolve, resolve_data
-from normdrop.training.runs import (
-    cannot_write,
-    check_same_data,
-    command_to_resume,
-    load_data,
-    located,
-    network_options,
-    new_folder,
-    remove_parts,
-    resumed_options,
-    write_start,
-)
 from normdrop.training.task import Task, step_seed
-from normdrop.training.weights import best_weights, load_checkpoint, with_weights
 
 __all__ = ["Stopped", "train"]
 
@@ -74,7 +74,7 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
     accelerator = _accelerator(options.run)
     with _kept_settings():
         if resume is not None:
-            options = resumed_options(Path(resume), options)
+            options = _resumed_options(Path(resume), options)
         else:
             chosen = resolve_data(located(options.data), name=load_data(options).name)
             options = replace(options, data=chosen)
@@ -107,13 +107,30 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
         return folder
 
 
+def _resumed_options(folder: Path, given: Options) -> Options:
+    """The options that a run was started with; only the time may be given anew."""
+    kept = read_options(folder)
+    if (folder / RESULT).exists():
+        raise UserError(
+            f"The run {folder} is finished; train again with: {command_to_repeat(folder)}"
+        )
+    default, now, then = Options().flat(), given.flat(), kept.flat()
+    free = {"max_time", "name", "runs_dir", "report"}
+    if changed := [k for k, v in now.items() if k not in free and v not in (default[k], then[k])]:
+        name = changed[0]
+        raise UserError(
+            f"A resumed run keeps its options: {name} is {then[name]!r}, but got {now[name]!r}; "
+            f"leave out --{name.replace('_', '-')}, or start a new run"
+        )
+    run = replace(kept.run, report=given.run.report)
+    if given.run.max_time is not None:
+        run = replace(run, max_time=given.run.max_time)
+    return replace(kept, run=run)
+
+
 def _build(options: Options, datamodule: data.DataModule) -> torch.nn.Module:
-    network = networks.build(
-        cast(str, options.network.model),
-        classes=len(datamodule.classes),
-        input_shape=datamodule.input_shape,
-        **network_options(options),
-    )
+    record = network_record(options, input_shape=datamodule.input_shape, classes=datamodule.classes)
+    network = build_network(record)
     return network.double() if options.recipe.precision == "float64" else network
 
 
@@ -128,7 +145,7 @@ def _fit(
     chosen = options.run
     task = Task(network, options.recipe, seed=chosen.seed, limit=limit, threads=chosen.threads)
     record = Record(folder)
-    begin = record.last if record.last.exists() else None
+    begin = last_checkpoint(folder) if last_checkpoint(folder).exists() else None
     steps = load_checkpoint(begin, network)["global_step"] if begin else 0
     epochs = cast(int, options.recipe.epochs)
     trainer = pl.Trainer(
@@ -151,9 +168,9 @@ def _fit(
     # Every further process reads the data for itself.
     own = datamodule if chosen.devices == 1 else load_data(options)
     _fit_or_stop(trainer, task, own, folder, begin)
-    best = load_checkpoint(record.best, network)
-    last = load_checkpoint(record.last, network)
-    network = with_weights(network.cpu(), best_weights(best), record.best)
+    best = load_checkpoint(best_checkpoint(folder), network)
+    last = load_checkpoint(last_checkpoint(folder), network)
+    network = with_weights(network.cpu(), best_weights(best), best_checkpoint(folder))
     datamodule.trainer = None
     finish(
         folder,
@@ -190,7 +207,7 @@ def _fit_or_stop(
         if trainer.strategy.launcher is not None:
             # The other processes would train on; what they write, they write whole.
             trainer.strategy.launcher.kill(signal.SIGKILL)
-        whole = Record(folder).last.exists()
+        whole = last_checkpoint(folder).exists()
         kept = "the last whole epoch is kept" if whole else "no epoch was whole yet"
         raise Stopped(f"Stopped; {kept}. Go on with: {command_to_resume(folder)}") from error
     except ProcessRaisedException as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
 
@@ -22,7 +22,6 @@ __all__ = [
     "machine",
     "measure",
     "predict_batches",
-    "wilson_interval",
 ]
 
 BINS = 15
@@ -59,7 +58,8 @@ def measure(probabilities: Tensor, labels: Tensor, classes: Iterable[str]) -> di
     return {
         "count": count,
         "accuracy": right / count,
-        "accuracy_interval": list(wilson_interval(right, count)),
+        # Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
+        "accuracy_interval": list(binomtest(right, count).proportion_ci(method="wilson")),
         "loss": float(-given.log().mean()),
         "calibration_error": error,
         "per_class": [
@@ -75,24 +75,6 @@ def measure(probabilities: Tensor, labels: Tensor, classes: Iterable[str]) -> di
         "confusion": confusion_matrix(truth, guess, labels=every).tolist(),
         "reliability": reliability,
     }
-
-
-def wilson_interval(right: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The 95 % interval of a share, right / count, which stays inside [0, 1].
-
-    Example:
-        >>> low, high = wilson_interval(98, 100)
-        >>> round(low, 3), round(high, 3)
-        (0.93, 0.994)
-
-    Reference:
-        Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
-    """
-    share = right / count
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def _reliability(probabilities: Tensor, labels: Tensor) -> tuple[dict[str, Any], float]:

@@ -17,9 +17,9 @@ from torch import Tensor
 from normdrop import data
 from normdrop.errors import UserError
 from normdrop.files import write_text
+from normdrop.runs.read import read_options
+from normdrop.runs.weights import load_network
 from normdrop.training.measure import predict_batches
-from normdrop.training.runs import read_options
-from normdrop.training.weights import load_network
 
 __all__ = ["predict", "predictions"]
 

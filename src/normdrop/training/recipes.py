@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from normdrop.training.options import DataOptions, Options
+from normdrop.runs.options import DataOptions, Options
 
 __all__ = ["COMMON", "DATA", "FAMILY", "in_words", "resolve", "resolve_data"]
 
@@ -81,7 +81,7 @@ def resolve(options: Options, *, name: str, input_shape: Sequence[int]) -> Optio
         input_shape: (C, H, W) of its images, or (features,) of a table.
 
     Example:
-        >>> from normdrop.training.options import Options
+        >>> from normdrop.runs.options import Options
         >>> resolve(Options(), name="digits", input_shape=(1, 8, 8)).recipe.batch_size
         64
     """

@@ -89,17 +89,13 @@ def describe(
 
     own = {} if memory is None else {"memory": memory}
     if run is not None:
-        from normdrop.training.runs import read_run
+        from normdrop.runs.network import build_network
+        from normdrop.runs.read import read_record
 
-        record = read_run(run)["network"]
+        record = read_record(run)["network"]
         shape = tuple(record["input_shape"])
         with torch.device("meta"):
-            network = networks.build(
-                record["name"],
-                classes=len(record["classes"]),
-                input_shape=shape,
-                **record["options"] | own,
-            )
+            network = build_network(record, **own)
         print(normdrop.describe(network, _channels_last(shape), batch_size=batch_size))
         return
     numbers = parse_size(size)

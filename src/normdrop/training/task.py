@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from normdrop.training.options import RecipeOptions
+from normdrop.runs.options import RecipeOptions
 
 __all__ = ["Task", "learning_rate", "step_seed"]
 
@@ -45,20 +46,15 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """A seed for torch's generator that is a function of the run's seed, the step and the rank.
 
     Dropout so draws the same masks in a run that was stopped and resumed as in one that was not.
-    The numbers are mixed (splitmix64) since torch's generator takes the low 32 bits alone.
+    The numbers are mixed since torch's generator takes the low 32 bits alone. Step −1 stands for
+    what comes before the first step.
 
     Example:
         >>> step_seed(0, 1) != step_seed(0, 2)
         True
     """
-    mask = 2**64 - 1
-    z = seed
-    for number in (step, rank):
-        z = (z + (number + 1) * 0x9E3779B97F4A7C15) & mask
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        z ^= z >> 31
-    return z >> 1
+    mixed = np.random.SeedSequence(seed, spawn_key=(step + 1, rank))
+    return int(mixed.generate_state(1, np.uint64)[0] >> 1)
 
 
 class Task(pl.LightningModule):
@@ -179,6 +175,8 @@ class Task(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the average of the weights."""
         self._train_seconds = time.monotonic() - self._epoch_begin
+        # Lightning's WeightAveraging also averages counters, and its average begins as a copy of
+        # the weights after the first step.
         if self.averaged:
             # A young average forgets faster, or it would keep the initial weights for long.
             young = (1 + self.global_step) / (10 + self.global_step)

@@ -5,14 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from normdrop.study import layer_sentences, sentences
-from normdrop.study.run_folder import DropoutLayer, NormLayer, read_run_folder
-from normdrop.study.wording import duration, number, percent, probability
+from normdrop.report import layer_sentences, sentences
+from normdrop.report.wording import duration, number, percent, probability
+from normdrop.runs.options import Options, RecipeOptions
+from normdrop.runs.read import DropoutLayer, NormLayer, read_run
 
 
 @pytest.fixture(scope="module")
 def run(finished_run):
-    return read_run_folder(finished_run)
+    return read_run(finished_run)
 
 
 def with_metrics(run, **columns):
@@ -52,7 +53,7 @@ def test_describe_loss_warnings(run, train, val, sign):
 
 
 def test_describe_loss_names_label_smoothing(run):
-    smooth = dataclasses.replace(run, options={"label_smoothing": 0.1})
+    smooth = dataclasses.replace(run, options=Options(recipe=RecipeOptions(label_smoothing=0.1)))
     assert "label smoothing (0.1)" in sentences.describe_loss(smooth).seen
     assert "smoothing" not in sentences.describe_loss(run).seen
 
@@ -77,7 +78,7 @@ def test_describe_accuracy_warnings(run, train, val, sign):
 
 
 def with_samples(run, **samples):
-    return dataclasses.replace(run, run=run.run | {"samples": samples})
+    return dataclasses.replace(run, record=run.record | {"samples": samples})
 
 
 def test_describe_accuracy_compares_with_the_same_split(run):
@@ -115,8 +116,8 @@ def test_describe_accuracy_of_a_run_that_did_not_count_its_splits(run):
     ],
 )
 def test_describe_data_says_what_was_left_out(run, kind, left_out, sign):
-    record = run.run | {"data": {"kind": kind}} | left_out
-    sentence = sentences.describe_data(dataclasses.replace(run, run=record))
+    record = run.record | {"data": run.record["data"] | {"kind": kind}} | left_out
+    sentence = sentences.describe_data(dataclasses.replace(run, record=record))
     assert "900 training, 100 validation and 360 test samples of 10 classes" in sentence.seen
     assert sign in sentence.sign
     assert sentence.warning == bool(left_out)

@@ -14,19 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from normdrop import networks
 from normdrop.errors import UserError
-from normdrop.files import write_atomically
-from normdrop.training.runs import command_to_resume, read_run
+from normdrop.runs.folder import WEIGHTS, command_to_resume, damaged
+from normdrop.runs.network import build_network
+from normdrop.runs.read import read_record
 
-__all__ = ["best_weights", "load_checkpoint", "load_network", "save_tensors", "with_weights"]
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all."""
-    whole = {name: value.contiguous() for name, value in tensors.items()}
-    with write_atomically(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(whole))
+__all__ = ["best_weights", "load_checkpoint", "load_network", "with_weights"]
 
 
 def load_network(folder: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -35,25 +28,18 @@ def load_network(folder: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
     Raises:
         UserError: the folder is no finished run, or its weights belong to another network.
     """
-    run = read_run(folder)
-    path = folder / "weights.safetensors"
+    record = read_record(folder)
+    path = folder / WEIGHTS
     if not path.exists():
         raise UserError(
             f"The run {folder} has no weights yet; finish it with: {command_to_resume(folder)}"
         )
-    network = networks.build(
-        run["network"]["name"],
-        classes=len(run["network"]["classes"]),
-        input_shape=tuple(run["network"]["input_shape"]),
-        **run["network"]["options"],
-    )
+    network = build_network(record["network"])
     try:
         weights = safetensors.torch.load(path.read_bytes())
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"Cannot read {path} ({error}); the file is cut off or no safetensors file"
-        ) from error
-    return with_weights(network, weights, path).eval(), run
+        raise damaged(path, error) from error
+    return with_weights(network, weights, path).eval(), record
 
 
 def with_weights(
@@ -106,9 +92,7 @@ def load_checkpoint(path: Path, network: torch.nn.Module) -> dict[str, Any]:
         ValueError,
     ) as error:
         reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(
-            f"Cannot read {path} ({reason}); the file is cut off or no checkpoint of a run"
-        ) from error
+        raise damaged(path, f"it is no checkpoint of a run: {reason}") from error
     own = {f"network.{name}": value for name, value in network.state_dict().items()}
     shapes = {name: tuple(value.shape) for name, value in own.items()}
     if shapes != {name: tuple(value.shape) for name, value in state.items()}:

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from normdrop.study.plots import BLUE, GRID, INK, MUTED, ORANGE, style
+from normdrop.report.plots import BLUE, GRID, INK, MUTED, ORANGE, style
 
 __all__ = ["histogram", "picture_uri", "to_svg"]
 

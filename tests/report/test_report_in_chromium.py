@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from normdrop.study.report import write_report
+from normdrop.report.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")

@@ -27,9 +27,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from normdrop.files import write_atomically
-from normdrop.study.layer_sentences import dead_channels
-from normdrop.study.run_folder import RunFolder
-from normdrop.study.wording import power_of_ten, probability
+from normdrop.report.layer_sentences import dead_channels
+from normdrop.report.wording import power_of_ten, probability
+from normdrop.runs.read import RunFolder
 
 __all__ = ["BLUE", "GRID", "INK", "MUTED", "ORANGE", "figures", "save_all", "save_png", "style"]
 

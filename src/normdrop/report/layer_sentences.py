@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normdrop.study.run_folder import NormLayer, RunFolder
-from normdrop.study.wording import Sentence, counted, listed, number, percent
+from normdrop.report.wording import Sentence, counted, listed, number, percent
+from normdrop.runs.read import NormLayer, RunFolder
 
 __all__ = ["dead_channels", "describe_dropout", "describe_norm"]
 

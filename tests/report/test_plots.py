@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from normdrop.study import plots
-from normdrop.study.run_folder import NormLayer
+from normdrop.report import plots
+from normdrop.runs.read import NormLayer
 
 
 @pytest.mark.parametrize("spread", [1e-7, 1e-4, 0.1, 1e4])

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normdrop.study.run_folder import RunFolder
-from normdrop.study.wording import (
+from normdrop.report.wording import (
     Sentence,
     counted,
     listed,
@@ -22,6 +21,7 @@ from normdrop.study.wording import (
     probability,
     times,
 )
+from normdrop.runs.read import RunFolder
 
 __all__ = [
     "describe_accuracy",
@@ -63,7 +63,7 @@ def describe_loss(run: RunFolder) -> Sentence:
     """The curves of the loss: divergence, overfitting, no progress."""
     m = run.metrics
     epoch, train, val = m["epoch"].astype(int), m["train_loss"], m["val_loss"]
-    smoothing = run.options.get("label_smoothing") or 0
+    smoothing = run.options.recipe.label_smoothing if run.options else None
     bad = _first_bad_epoch(m, "train_loss", "val_loss")
     if bad is not None:
         return Sentence(
@@ -195,7 +195,7 @@ def describe_data(run: RunFolder) -> Sentence | None:
         f"The data were split into {train:,} training, {val:,} validation and "
         f"{counted(test, 'test sample')} of {len(run.classes)} classes."
     )
-    is_table = run.run["data"].get("kind") == "table"
+    is_table = run.record["data"].get("kind") == "table"
     count = run.dropped if is_table else len(run.skipped)
     if is_table:
         what, why = counted(count, "row"), "for missing values"
@@ -364,8 +364,9 @@ def describe_reliability(run: RunFolder) -> Sentence:
     if error > 0.05:
         side = "too sure of itself" if confidence > accuracy else "less sure than it could be"
         sign = f"The calibration error is above 5 points, and the network is {side}"
-        if confidence < accuracy and run.options.get("label_smoothing"):
-            sign += f" (label smoothing, here {run.options['label_smoothing']}, is a usual reason)"
+        smoothing = run.options.recipe.label_smoothing if run.options else None
+        if confidence < accuracy and smoothing:
+            sign += f" (label smoothing, here {smoothing}, is a usual reason)"
         sign += ": do not read its probabilities as frequencies."
         return Sentence(seen, sign, warning=True)
     return Sentence(

@@ -1,0 +1,1 @@
+"""The report of one run: a page, its figures, and what it says of them."""

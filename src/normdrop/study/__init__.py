@@ -1,1 +1,0 @@
-"""Looking at runs: comparing variants, and the report of one run."""
