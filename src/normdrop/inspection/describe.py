@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from normdrop.errors import UserError
+from normdrop.graph import fusion
 from normdrop.inspection.description import Description, Layer
 from normdrop.memory import recompute
-from normdrop.surgery import fusion
 
 __all__ = ["describe"]
 

@@ -7,8 +7,8 @@ from typing import TypeVar
 import torch
 
 from normdrop.arguments import check_choice, check_flag, check_model
+from normdrop.graph import fusion
 from normdrop.memory.low import Memory, restore_memory, with_memory
-from normdrop.surgery import fusion
 from normdrop.surgery.layout import Layout, set_layout
 from normdrop.surgery.linear import Products, restore_linear, set_linear
 from normdrop.surgery.plan import CLASSES, replaceable

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from normdrop.arguments import check_model
 from normdrop.errors import UserError
+from normdrop.graph import fusion
+from normdrop.graph.absorb import absorb
+from normdrop.graph.matches import Match, Matches, find_matches
 from normdrop.memory.low import restore_memory
-from normdrop.surgery import fold_fuse, fusion
-from normdrop.surgery.fold_calls import AddActivate
-from normdrop.surgery.fold_match import Match, Matches, find_matches, find_scopes
+from normdrop.nn.add_activate import AddActivate
 
 __all__ = ["FoldPlan", "FoldRow", "fold", "fold_plan"]
 
@@ -86,7 +87,7 @@ def fold_plan(model: torch.nn.Module) -> FoldPlan:
         1 of 1 batch normalizations folded
     """
     check_model("fold_plan", model)
-    return _plan(model, find_matches(model, list(find_scopes(model))))
+    return _plan(model, find_matches(model))
 
 
 def _plan(model: torch.nn.Module, matches: Matches) -> FoldPlan:
@@ -209,16 +210,15 @@ def _fold(model: torch.nn.Module, fuse_convolutions: bool) -> None:
     # What convert did for training is undone first; a norm that is left keeps its class.
     fusion.remove(model)
     restore_memory(model)
-    scopes = list(find_scopes(model))
-    matches = find_matches(model, scopes)
+    matches = find_matches(model)
     for match in matches.found:
         stand_in = _fold_one(match)
         head, _, name = match.norm_path.rpartition(".")
         setattr(model.get_submodule(head), name, stand_in)
-        match.scope.trace.modules[match.norm_node] = stand_in
+        match.trace.modules[match.norm_node] = stand_in
     if fuse_convolutions:
-        for scope, nodes in matches.convolutions.items():
-            fold_fuse.fuse(scope, nodes)
+        for trace, nodes in matches.convolutions:
+            absorb(trace, nodes)
 
 
 def _fold_one(match: Match) -> torch.nn.Module:

@@ -11,9 +11,9 @@ import torch
 
 from normdrop import nn
 from normdrop.arguments import check_choice, check_flag, check_model
+from normdrop.graph import fusion
+from normdrop.graph.modules import is_norm
 from normdrop.memory.low import Memory
-from normdrop.surgery import fusion
-from normdrop.surgery.fusion_modules import is_norm
 from normdrop.surgery.layout import Layout, weights_to_lay_out
 from normdrop.surgery.linear import Products, layers_to_choose
 

@@ -1,4 +1,4 @@
-"""The call that stands in fused code."""
+"""The call that stands in the fused code of a converted model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from normdrop import nn
 from normdrop.ops import reference
 
-__all__ = ["batch_norm"]
+__all__ = ["add", "batch_norm"]
 
 
 def batch_norm(
@@ -17,13 +17,13 @@ def batch_norm(
     x: Tensor,
     residual: Tensor | None,
     activation: str | None,
-    dropout: Any,
-    writes: bool = False,
+    into: str | None,
+    dropout: Any = None,
 ) -> Tensor:
     """y = dropout(activation(BN(x) + residual)), with the modules' flags as they are now.
 
-    A residual that is not of x's shape and type is added as the model's own code does; ``writes``
-    says that it does so in place.
+    A residual that is not of x's shape and type is added as the model's own code does, ``into`` the
+    "output", the "residual" or nothing.
     """
     if residual is None or (
         isinstance(residual, Tensor)
@@ -37,10 +37,16 @@ def batch_norm(
         if keep < 1.0:
             return cast(Tensor, y)
     else:
-        y = norm.normalize(x, None, None)
-        y = y.add_(residual) if writes else y + residual
+        y = add(norm.normalize(x, None, None), residual, into)
         y = reference.activate(y, activation)
     return y if dropout is None else cast(Tensor, type(dropout).forward(dropout, y))
+
+
+def add(y: Tensor, residual: Any, into: str | None) -> Tensor:
+    """Add as an operator in place does that writes to the output, the residual or nothing."""
+    if into is None:
+        return cast(Tensor, y + residual)
+    return y.add_(residual) if into == "output" else cast(Tensor, residual.add_(y))
 
 
 def _keep_in_operator(norm: Any, x: Tensor, dropout: Any) -> float:

@@ -1,9 +1,9 @@
-"""Find what can be fused in a model, and put it there.
+"""Find what can be fused with batch normalization in a model, and put it there.
 
 A pattern, such as BN → add → ReLU, has a scope: the smallest module in whose forward all of it
 happens. The scope is traced again with everything a leaf but the modules on the way to the
 pattern, for training and for evaluation, and gets a forward of its own that runs the rewritten
-code; see :class:`~normdrop.surgery.fusion_forward.FusedForward`.
+code; see :class:`~normdrop.graph.forward.FusedForward`.
 """
 
 from __future__ import annotations
@@ -13,26 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.fx import Node
 
-from normdrop.surgery.fusion_forward import Code, FusedForward
-from normdrop.surgery.fusion_modules import has_hooks, is_fusible_norm, is_norm
-from normdrop.surgery.fusion_patterns import (
-    Pattern,
-    find_patterns,
-    participants,
-    reasons,
-    rewrite,
-)
-from normdrop.surgery.fusion_shortcut import find_shortcuts
-from normdrop.surgery.fusion_tracing import (
-    TENSOR,
-    Call,
-    Trace,
-    Untraceable,
-    default_arguments,
-    looks_through,
-    trace,
-)
+from normdrop.graph.forward import Code, FusedForward
+from normdrop.graph.modules import has_hooks, is_fusible_norm, is_norm
+from normdrop.graph.nodes import name_of
+from normdrop.graph.norm import batch_norm
+from normdrop.graph.patterns import Pattern, find_patterns, path_of, rewrite
+from normdrop.graph.scopes import find_traces
+from normdrop.graph.shortcuts import find_shortcuts
+from normdrop.graph.tracing import TENSOR, Call, Trace, Untraceable, looks_through, trace
+from normdrop.ops.reference import slope_of
 
 __all__ = ["Scope", "find", "fused_in", "inside_fused", "reasons_against", "remove"]
 
@@ -73,8 +64,7 @@ class _Place:
 
 def find(model: torch.nn.Module) -> list[Scope]:
     """All scopes of a model, which stays as it is."""
-    search = _Search()
-    search.look(model)
+    search = _Search(model)
     built = [_build(module, place) for module, place in search.places.items()]
     scopes = [scope for scope in built if scope is not None]
     return scopes + [Scope(*shortcut) for shortcut in find_shortcuts(model)]
@@ -82,8 +72,7 @@ def find(model: torch.nn.Module) -> list[Scope]:
 
 def reasons_against(model: torch.nn.Module) -> dict[int, str]:
     """For the norms that are not fused, by id, why not."""
-    search = _Search()
-    search.look(model)
+    search = _Search(model)
     result = {id(norm): text for norm, text in search.against.items()}
     for outer in model.modules():  # the innermost has the last word
         why = search.failures.get(outer)
@@ -126,22 +115,12 @@ def remove(model: torch.nn.Module) -> None:
             del vars(module)["forward"]
 
 
-def _may_look_into(module: torch.nn.Module) -> bool:
-    return looks_through(module) and _is_own_forward(module)
-
-
-def _is_own_forward(module: torch.nn.Module) -> bool:
-    forward = vars(module).get("forward")
-    return forward is None or isinstance(forward, FusedForward)
-
-
 def _has_norm(module: torch.nn.Module) -> bool:
     return any(is_fusible_norm(inner) for inner in module.modules())
 
 
-@dataclass
 class _Search:
-    """Look for patterns everywhere in a model.
+    """The patterns of a model.
 
     Attributes:
         places: where there are some.
@@ -149,48 +128,56 @@ class _Search:
         failures: modules that cannot be traced, and why.
     """
 
-    places: dict[torch.nn.Module, _Place] = field(default_factory=dict)
-    against: dict[torch.nn.Module, str] = field(default_factory=dict)
-    failures: dict[torch.nn.Module, str] = field(default_factory=dict)
-    done: set[torch.nn.Module] = field(default_factory=set)
-
-    def look(self, root: torch.nn.Module) -> None:
-        """Trace a module; where that fails, its children."""
-        if root in self.done or not _has_norm(root):
-            return
-        self.done.add(root)
-        visited: set[torch.nn.Module] = set()
-        if looks_through(root, with_hooks=True) and _is_own_forward(root):
-            for training in (True, False):
-                try:
-                    found = trace(root, training, default_arguments(root), _may_look_into)
-                except Untraceable as error:
-                    self.failures[root] = _first_line(error)
-                    continue
-                patterns = find_patterns(found)
-                for pattern in patterns:
-                    _place(pattern, found, self.places)
-                self.against.update(reasons(found, patterns))
-                visited.update(call.module for calls in found.calls.values() for call in calls)
-        # What was called as a whole, or not at all, is looked at by itself.
-        for child in _outermost(root, visited):
-            self.look(child)
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.places: dict[torch.nn.Module, _Place] = {}
+        self.against: dict[torch.nn.Module, str] = {}
+        self.failures: dict[torch.nn.Module, str] = {}
+        for found in find_traces(model, lambda _: (True, False), self.failures, _has_norm):
+            patterns = _patterns_in(found)
+            for pattern in patterns:
+                _place(pattern, found, self.places)
+            self.against.update(_reasons(found, patterns))
 
 
-def _first_line(error: Exception) -> str:
-    """Why a module is not traced, short enough for a table."""
-    text = str(error).partition("\n")[0]
-    if "control flow" in text:
-        return "it branches on a tensor"
-    return text if len(text) <= 60 else f"{text[:59]}…"
+def _patterns_in(found: Trace) -> list[Pattern]:
+    """What is fused with the norms of a graph."""
+    heads = [
+        node
+        for node in _norms(found)
+        if not node.kwargs and len(node.args) == 1 and isinstance(node.args[0], Node)
+    ]
+    # SiLU is a pass of its own in the operator, too.
+    patterns = find_patterns(found, heads, lambda name: slope_of(name) is not None, drops=True)
+    return [pattern for pattern in patterns if pattern.add or pattern.activation]
 
 
-def _outermost(root: torch.nn.Module, visited: set[torch.nn.Module]) -> Iterator[torch.nn.Module]:
-    for child in root.children():
-        if child in visited:
-            yield from _outermost(child, visited)
-        else:
-            yield child
+def _norms(found: Trace) -> list[Node]:
+    return [node for node, module in found.modules.items() if is_fusible_norm(module)]
+
+
+def _reasons(found: Trace, patterns: list[Pattern]) -> Iterator[tuple[torch.nn.Module, str]]:
+    """The norms of a graph that no pattern has, each with why."""
+    fused = {pattern.head for pattern in patterns}
+    taken = {node for pattern in patterns for node in pattern.chain}
+    for node in _norms(found):
+        if node not in fused:
+            yield found.modules[node], _reason(path_of(node, found)[-1], found, taken)
+
+
+def _reason(norm: Node, found: Trace, taken: set[Node]) -> str:
+    users = list(norm.users)
+    if len(users) != 1:
+        return f"its output is used {len(users) or 'no'} times"
+    (user,) = users
+    if user.op == "output":
+        return f"its output is what {type(found.root).__name__} returns"
+    if user in taken:
+        return "the sum it goes into is fused with the other summand"
+    if user.op == "call_module":
+        module = found.modules[user]
+        hooked = ", which has a hook" if has_hooks(module) else ""
+        return f"{type(module).__name__} follows{hooked}"
+    return f"{name_of(user)} follows"
 
 
 def _place(pattern: Pattern, found: Trace, places: dict[torch.nn.Module, _Place]) -> None:
@@ -203,11 +190,11 @@ def _place(pattern: Pattern, found: Trace, places: dict[torch.nn.Module, _Place]
         depth -= 1
     call = chains[0][depth - 1]
     place = places.setdefault(call.module, _Place(call.arguments or ()))
-    place.norms.add(found.modules[pattern.norm])
+    place.norms.add(found.modules[pattern.head])
     place.inner.update(c.module for chain in chains for c in chain[depth:])
     if pattern.add is not None:
         nodes = list(found.graph.nodes)
-        between = nodes[nodes.index(pattern.norm) : nodes.index(pattern.add)]
+        between = nodes[nodes.index(pattern.head) : nodes.index(pattern.add)]
         # A call that is under way at both ends is under way between them.
         place.beside.update(c.module for node in between for c in found.calls[node][depth:])
 
@@ -227,9 +214,10 @@ def _build(module: torch.nn.Module, place: _Place) -> Scope | None:
             continue
         for call in (call for calls in found.calls.values() for call in calls):
             looked_into[call.module] = None
-        taking_part.update(dict.fromkeys(participants(found, patterns)))
-        fused.update({found.modules[p.norm]: p.text() for p in patterns})
-        codes[training] = Code(rewrite(found, patterns))
+        chains = (node for pattern in patterns for node in pattern.chain)
+        taking_part.update((found.modules[n], None) for n in chains if n in found.modules)
+        fused.update({found.modules[p.head]: p.text() for p in patterns})
+        codes[training] = Code(rewrite(found, patterns, batch_norm))
     if not codes:
         return None
     looked_into.pop(module, None)
@@ -247,15 +235,15 @@ def _patterns_of(
     for looks_into in (
         place.inner.__contains__,
         (place.inner | place.beside).__contains__,
-        _may_look_into,
+        looks_through,
     ):
         try:
             found = trace(module, training, place.arguments, looks_into)
         except Untraceable:
             continue
-        patterns = find_patterns(found)
+        patterns = _patterns_in(found)
+        if place.norms <= {found.modules[pattern.head] for pattern in patterns}:
+            return found, patterns
         if len(patterns) > len(best[1]):
             best = found, patterns
-        if place.norms <= {found.modules[pattern.norm] for pattern in patterns}:
-            break
     return best

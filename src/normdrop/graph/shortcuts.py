@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from normdrop.ops.shortcut import padded_part
-from normdrop.surgery.fusion_forward import Code, FusedForward
-from normdrop.surgery.fusion_tracing import (
+from normdrop.graph.forward import Code, FusedForward
+from normdrop.graph.tracing import (
     TENSOR,
     Untraceable,
     default_arguments,
     looks_through,
     trace,
 )
+from normdrop.ops.shortcut import padded_part
 
 __all__ = ["find_shortcuts"]
 

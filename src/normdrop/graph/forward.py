@@ -15,8 +15,8 @@ import torch
 from torch.fx import Graph
 from torch.nn.modules.module import _has_any_global_hook
 
-from normdrop.surgery.fusion_modules import PLAIN, has_hooks
-from normdrop.surgery.fusion_tracing import TENSOR
+from normdrop.graph.modules import CONSTANTS, has_hooks
+from normdrop.graph.tracing import TENSOR
 
 __all__ = ["Code", "FusedForward"]
 
@@ -137,7 +137,7 @@ class FusedForward:
             for name, value in vars(module).items():
                 if name in _OWN:
                     continue
-                if type(value) in PLAIN:
+                if type(value) in CONSTANTS:
                     attributes.append((vars(module), name, value))
                 else:
                     identities.append((vars(module), name, value))
@@ -243,4 +243,4 @@ def _inside(value: Any, seen: set[int]) -> list[tuple[dict[str, Any], str, Any]]
     inside = value if type(value) is dict else getattr(value, "__dict__", None)
     if not isinstance(inside, dict) or callable(value):
         return []
-    return [(inside, name, item) for name, item in inside.items() if type(item) in PLAIN]
+    return [(inside, name, item) for name, item in inside.items() if type(item) in CONSTANTS]

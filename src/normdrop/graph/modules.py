@@ -1,21 +1,28 @@
-"""What fusion asks about modules."""
+"""What is asked about modules."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from normdrop import nn
 
-__all__ = ["PLAIN", "has_hooks", "is_fusible_norm", "is_norm", "is_plain_tensor_module", "patched"]
+__all__ = [
+    "CONSTANTS",
+    "DROPOUTS",
+    "does_more",
+    "gives_one_tensor",
+    "has_hooks",
+    "is_fusible_norm",
+    "is_norm",
+    "is_replaced",
+]
 
-PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
+CONSTANTS = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device}
+)
 """Types whose values never change, so that one stands for its equals."""
 
-NORMS = frozenset(
+_NORMS = frozenset(
     {
         *(torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d),
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -42,7 +49,18 @@ def has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
-def is_plain_tensor_module(module: torch.nn.Module) -> bool:
+def does_more(module: torch.nn.Module) -> bool:
+    """Whether a call does more than its class says: hooks, or a forward of the instance."""
+    return "forward" in vars(module) or has_hooks(module)
+
+
+def is_replaced(module: torch.nn.Module) -> bool:
+    """Whether somebody gave the instance a forward; a fused one says what the class's says."""
+    forward = vars(module).get("forward")
+    return forward is not None and not type(forward).__module__.startswith("normdrop.graph.")
+
+
+def gives_one_tensor(module: torch.nn.Module) -> bool:
     """Whether it is one of torch's or our layers that give one tensor and keep no list."""
     home = getattr(type(module).forward, "__module__", None) or ""
     return (
@@ -54,7 +72,7 @@ def is_plain_tensor_module(module: torch.nn.Module) -> bool:
 
 def is_norm(module: torch.nn.Module) -> bool:
     """Whether it is batch normalization of torch's or ours, and no subclass."""
-    return type(module) in NORMS
+    return type(module) in _NORMS
 
 
 def is_fusible_norm(module: torch.nn.Module) -> bool:
@@ -63,19 +81,5 @@ def is_fusible_norm(module: torch.nn.Module) -> bool:
         is_norm(module)
         and getattr(module, "activation", None) is None
         and getattr(module, "qconfig", None) is None
-        and "forward" not in vars(module)
-        and not has_hooks(module)
+        and not does_more(module)
     )
-
-
-@contextmanager
-def patched(*changes: tuple[Any, str, Any]) -> Iterator[None]:
-    """Set attributes (of, name, value), for a while."""
-    before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
-    try:
-        for owner, name, value in changes:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in reversed(before):
-            setattr(owner, name, value)

@@ -1,4 +1,4 @@
-"""What runs in a folded model: a convolution that adds and activates, and a stand-in for a norm."""
+"""The call that stands in the code of a folded model: a convolution, a sum, an activation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normdrop.nn.tracing import call_as_leaf, is_traced
+from normdrop.graph.norm import add
 from normdrop.ops import reference
 
-__all__ = ["AddActivate", "activation_of", "as_given", "convolution", "is_plain_call"]
+__all__ = ["activation_of", "as_given", "can_activate", "convolution", "is_plain_call"]
 
 _Activation = tuple[str, list[float], Callable[[Tensor], Tensor]]
 
@@ -45,6 +45,11 @@ def activation_of(name: str) -> _Activation:
     return "leaky_relu", [slope], lambda y: F.leaky_relu(y, slope, inplace=True)
 
 
+def can_activate(name: str) -> bool:
+    """Whether oneDNN's convolutions apply the activation."""
+    return name in _ACTIVATIONS or reference.slope_of(name) is not None
+
+
 _SHAPES = 2
 """Input shapes for which a convolution's weight is kept in oneDNN's layout."""
 
@@ -60,47 +65,6 @@ _HAS_OPERATORS = (
     and _reorder is not None
 )
 """Whether torch has convolution with addition and activation, which is oneDNN's."""
-
-
-class AddActivate(torch.nn.Module):
-    r"""Stand where a batch normalization was folded into the layer before it.
-
-    .. math:: y = f(x + r)
-
-    with x, r and y of one shape and f the activation that the batch normalization had.
-
-    Args:
-        activation: its name, or None.
-        dims: number of dimensions that x must have, or None for any.
-
-    Raises:
-        ValueError: x has another number of dimensions. Of (N, L, C) BatchNorm1d normalizes L,
-            while the layer before it has its channels in C.
-
-    Example:
-        >>> AddActivate("relu")(torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 0.5]))
-        tensor([0.0000, 1.5000])
-    """
-
-    def __init__(self, activation: str | None = None, dims: int | None = None) -> None:
-        super().__init__()
-        self.activation = activation
-        self.dims = dims
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if is_traced(input):
-            others = () if residual is None else (residual,)
-            return cast(Tensor, call_as_leaf(self, input, *others))
-        if self.dims is not None and input.dim() != self.dims:
-            raise ValueError(
-                f"fold: expected {self.dims} dimensions where a batch normalization was folded "
-                f"away, got {tuple(input.shape)}; for such inputs it cannot be folded"
-            )
-        y = input if residual is None else input + residual
-        return reference.activate(y, self.activation)
-
-    def extra_repr(self) -> str:
-        return "" if self.activation is None else f"activation={self.activation!r}"
 
 
 def is_plain_call() -> bool:
@@ -121,8 +85,7 @@ def convolution(
     x: Tensor,
     residual: Tensor | None = None,
     activation: str | None = None,
-    *,
-    writes: bool = False,
+    into: str | None = None,
     overwrite: bool = False,
 ) -> Tensor:
     r"""Convolve, add and activate.
@@ -140,11 +103,11 @@ def convolution(
         x: (N, C, H, W).
         residual: r, with y's shape (N, K, H', W'), or what can be added to it.
         activation: the name of f.
-        writes: the sum has W * x's type whatever r's is, as where it is written in place.
+        into: whether the sum is written to the "output" or the "residual", whose type it then has.
         overwrite: r's memory may take y.
     """
     if not _takes_operator(layer, x, residual):
-        return _finish(torch.nn.Conv2d.forward(layer, x), residual, activation, writes)
+        return _finish(torch.nn.Conv2d.forward(layer, x), residual, activation, into)
     weight, shape = _pack(layer, x)
     name, scalars, _ = _NO_ACTIVATION if activation is None else activation_of(activation)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -154,7 +117,7 @@ def convolution(
         return cast(Tensor, operator.default(x, *geometry, name, scalars, ""))
     if residual.shape != shape or residual.dtype is not x.dtype:
         y = operator.default(x, *geometry, "none", [], "")
-        return _finish(y, residual, activation, writes)
+        return _finish(y, residual, activation, into)
     # With an addition oneDNN has no other activation.
     inner = "relu" if activation == "relu" else None
     after: tuple[Any, ...] = ("add", 1.0, inner, [], "")
@@ -254,8 +217,6 @@ def _activate(y: Tensor, activation: str | None) -> Tensor:
     return y if activation is None else activation_of(activation)[2](y)
 
 
-def _finish(y: Tensor, residual: Any, activation: str | None, writes: bool) -> Tensor:
+def _finish(y: Tensor, residual: Any, activation: str | None, into: str | None) -> Tensor:
     """Give activation(y + residual); y is a layer's fresh output."""
-    if residual is not None:
-        y = y.add_(residual) if writes else y + residual
-    return _activate(y, activation)
+    return _activate(y if residual is None else add(y, residual, into), activation)

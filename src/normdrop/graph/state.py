@@ -11,9 +11,17 @@ from typing import Any
 
 import torch
 
-from normdrop.surgery.fusion_modules import PLAIN
+from normdrop.graph.modules import CONSTANTS
 
-__all__ = ["State", "Untraceable", "chance_untouched", "is_same", "restore", "state_of"]
+__all__ = [
+    "State",
+    "Untraceable",
+    "chance_untouched",
+    "is_same",
+    "patched",
+    "restore",
+    "state_of",
+]
 
 
 class Untraceable(Exception):
@@ -40,7 +48,7 @@ def is_same(before: State, after: State) -> bool:
         return False
     for name, (value, inside) in before.items():
         other, other_inside = after[name]
-        if value is not other and not (type(value) in PLAIN and value == other):
+        if value is not other and not (type(value) in CONSTANTS and value == other):
             return False
         if inside is not None and (
             len(inside) != len(other_inside)
@@ -87,3 +95,16 @@ def chance_untouched() -> Iterator[None]:
             numpy.random.set_state(numpys)
     if is_drawn:
         raise Untraceable("it draws random numbers")
+
+
+@contextmanager
+def patched(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Set attributes (of, name, value), for a while."""
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normdrop.surgery.fusion_code import tests_for_none
-from normdrop.surgery.fusion_modules import PLAIN, has_hooks, is_plain_tensor_module, patched
-from normdrop.surgery.fusion_state import (
+from normdrop.graph.code import tests_for_none
+from normdrop.graph.modules import CONSTANTS, gives_one_tensor, has_hooks, is_replaced
+from normdrop.graph.state import (
     Untraceable,
     chance_untouched,
     is_same,
+    patched,
     restore,
     state_of,
 )
@@ -62,13 +63,14 @@ class Call:
 
 @dataclass(eq=False)
 class Trace:
-    """A graph, and for each of its nodes the calls that it stands in, the root's first."""
+    """A graph, for each of its nodes the calls that it stands in, the root's first, and modules."""
 
     root: torch.nn.Module
+    training: bool
+    arguments: tuple[Any, ...]
     graph: Graph
     calls: dict[Node, tuple[Call, ...]]
     modules: dict[Node, torch.nn.Module]
-    failed: list[torch.nn.Module] = field(default_factory=list)
 
 
 def trace(
@@ -101,7 +103,7 @@ def trace(
             if module is root or looks_into(module):
                 vars(module).pop("forward", None)
         meanwhile = {module: state_of(module) for module in before}
-        with _Watch(), chance_untouched():
+        with _watched(), chance_untouched():
             tracer.trace(root)
         for module, state in meanwhile.items():
             if not is_same(state, state_of(module)):
@@ -111,7 +113,7 @@ def trace(
     finally:
         for module, state in before.items():
             restore(module, state)
-    return Trace(root, tracer.graph, tracer.calls, tracer.targets, tracer.failed)
+    return Trace(root, training, tuple(arguments), tracer.graph, tracer.calls, tracer.targets)
 
 
 # ---- Proxies -----------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def _is_tensor(proxy: Any, modules: dict[Node, torch.nn.Module]) -> bool:
     if node.op in ("placeholder", "get_attr"):
         return True
     if node.op == "call_module":
-        return is_plain_tensor_module(modules[node])
+        return gives_one_tensor(modules[node])
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     home = getattr(node.target, "__module__", None) or "torch"
     if node.op == "call_function" and not home.startswith(("torch", "_operator")):
@@ -201,7 +203,7 @@ def _may_be_none(node: Node, modules: dict[Node, torch.nn.Module]) -> bool:
     """Whether this is what a module of somebody's gave, or a part of that."""
     while node.target is operator.getitem and isinstance(node.args[0], Node):
         node = node.args[0]
-    return node.op == "call_module" and not is_plain_tensor_module(modules[node])
+    return node.op == "call_module" and not gives_one_tensor(modules[node])
 
 
 def _flat(thing: Any) -> Iterator[Any]:
@@ -217,27 +219,6 @@ def _flat(thing: Any) -> Iterator[Any]:
 # ---- Watching the code that runs ---------------------------------------------------------------
 
 
-class _Watch:
-    """While it is entered, code that depends on more than its tensors raises Untraceable."""
-
-    _lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._stack = _watching()
-        try:
-            self._stack.__enter__()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            self._stack.__exit__(*error)
-        finally:
-            self._lock.release()
-
-
 class _NoComputing(TorchDispatchMode):
     """What is computed from no proxy would be frozen into the graph, a random number too."""
 
@@ -245,8 +226,13 @@ class _NoComputing(TorchDispatchMode):
         raise Untraceable(f"{func} is computed from no argument")
 
 
+_lock = threading.RLock()
+
+
 @contextmanager
-def _watching() -> Iterator[None]:
+def _watched() -> Iterator[None]:
+    """While it is entered, code that depends on more than its tensors raises Untraceable."""
+
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() == thread:
             raise Untraceable("it depends on the state of autograd or autocast")
@@ -266,6 +252,7 @@ def _watching() -> Iterator[None]:
 
     states = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
     with (
+        _lock,
         patched(
             (builtins, "isinstance", _make_isinstance()),
             (torch.autograd.Function, "apply", classmethod(no_function)),
@@ -289,7 +276,7 @@ def _make_isinstance() -> Callable[[Any, Any], bool]:
         if kind is not _TensorProxy and kind is not _TensorAttribute:
             return before(thing, kinds)
         home = sys._getframe(1).f_globals.get("__name__", "")
-        if home.startswith(("torch.fx", "normdrop.surgery", "normdrop.nn")) or before(thing, kinds):
+        if home.startswith(("torch.fx", "normdrop.graph", "normdrop.nn")) or before(thing, kinds):
             return before(thing, kinds)
         if _is_tensor(thing, thing.tracer.targets):
             return issubclass(torch.Tensor, kinds)
@@ -373,11 +360,11 @@ class _Tracer(torch.fx.Tracer):
                 self.failed.append(m)
             finally:
                 self.stack = self.stack[:-1]
-        if not is_plain_tensor_module(m) and any(
+        if not gives_one_tensor(m) and any(
             isinstance(a, (list, dict, set)) for a in (*args, *kwargs.values())
         ):
             raise Untraceable("a module may write to the list that it is given")
-        if not is_plain_tensor_module(m) and any(
+        if not gives_one_tensor(m) and any(
             tests_for_none(type(call.module)) for call in self.stack
         ):
             raise Untraceable(f"what {type(m).__name__} gives may be None, and it asks for that")
@@ -413,7 +400,7 @@ def _arguments(
     for value in args:
         if type(value) is _TensorProxy or type(value) is _TensorAttribute:
             result.append(TENSOR)
-        elif type(value) in PLAIN:
+        elif type(value) in CONSTANTS:
             result.append(value)
         else:
             return None
@@ -440,5 +427,6 @@ def looks_through(module: torch.nn.Module, with_hooks: bool = False) -> bool:
     return (
         (forward is torch.nn.Sequential.forward or not home.startswith(("torch.", "normdrop.nn.")))
         and (with_hooks or not has_hooks(module))
+        and not is_replaced(module)
         and not isinstance(module, torch.jit.ScriptModule)
     )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import normdrop
 from normdrop import networks
-from normdrop.surgery.fusion_forward import FusedForward
+from normdrop.graph.forward import FusedForward
 
 LAST = torch.channels_last
 

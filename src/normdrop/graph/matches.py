@@ -9,25 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from normdrop import nn
+from normdrop.graph.modules import does_more
+from normdrop.graph.nodes import name_of, only_user
+from normdrop.graph.scopes import find_traces
+from normdrop.graph.tracing import Trace
 from normdrop.nn.linear import Linear
-from normdrop.surgery.fold_calls import AddActivate
-from normdrop.surgery.fusion_forward import FusedForward
-from normdrop.surgery.fusion_modules import has_hooks
-from normdrop.surgery.fusion_patterns import only_user
-from normdrop.surgery.fusion_tracing import (
-    Trace,
-    Untraceable,
-    default_arguments,
-    looks_through,
-    trace,
-)
 
-__all__ = ["Match", "Matches", "Scope", "does_more", "find_matches", "find_scopes"]
+__all__ = ["Match", "Matches", "find_matches"]
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
-Node = torch.fx.Node
 
 _N = torch.nn
 _NORMS: dict[type[_N.Module], int | None] = {
@@ -54,15 +47,6 @@ _LAYERS: dict[type[_N.Module], int] = {
 
 
 @dataclass(eq=False)
-class Scope:
-    """A module and the record of its forward, when it is called with these arguments."""
-
-    module: torch.nn.Module
-    arguments: tuple[Any, ...]
-    trace: Trace
-
-
-@dataclass(eq=False)
 class Match:
     """A batch normalization, the layer before it, and where they are."""
 
@@ -70,7 +54,7 @@ class Match:
     norm: Any
     layer_path: str
     norm_path: str
-    scope: Scope
+    trace: Trace
     norm_node: Node
 
 
@@ -81,97 +65,32 @@ class Matches:
     Attributes:
         found: what is folded.
         left: why, for the name of every batch normalization that is not.
-        convolutions: the nodes of a scope that call one which may add and activate.
+        convolutions: the nodes of a trace that call one which may add and activate.
     """
 
     found: list[Match] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
-    convolutions: dict[Scope, list[Node]] = field(default_factory=dict)
+    convolutions: list[tuple[Trace, list[Node]]] = field(default_factory=list)
 
 
-def does_more(module: torch.nn.Module) -> bool:
-    """Whether calling the module does more than its class says: hooks, or a forward of its own."""
-    return "forward" in vars(module) or has_hooks(module)
-
-
-# ---- Records -----------------------------------------------------------------------------------
-
-
-def find_scopes(
-    model: torch.nn.Module, done: set[torch.nn.Module] | None = None
-) -> Iterator[Scope]:
-    """Record the model, or where that fails its children, and theirs, each by itself."""
-    done = set() if done is None else done
-    if model in done:
-        return
-    done.add(model)
-    visited: set[torch.nn.Module] = set()
-    called: set[torch.nn.Module] = set()
-    if _is_own(model, True):
-        try:
-            arguments = default_arguments(model)
-            found = trace(
-                model,
-                model.training,
-                arguments,
-                lambda m: _is_own(m, False) and m.training is model.training,
-            )
-        except (Untraceable, TypeError, ValueError):  # the last two by a forward without signature
-            pass
-        else:
-            yield Scope(model, arguments, found)
-            visited = {call.module for calls in found.calls.values() for call in calls}
-            called = set(found.modules.values())
-            done |= visited
-    # What was called as a whole, or not at all, has a record of its own.
-    for child in _outermost(model, visited, called):
-        yield from find_scopes(child, done)
-
-
-def _outermost(
-    module: torch.nn.Module, visited: set[torch.nn.Module], called: set[torch.nn.Module]
-) -> Iterator[torch.nn.Module]:
-    known = visited | called
-    for child in module.children():
-        # A mere container of what is called one by one has no part in it.
-        if child in visited or (child not in called and not known.isdisjoint(child.modules())):
-            yield from _outermost(child, visited, called)
-        else:
-            yield child
-
-
-def _is_own(module: torch.nn.Module, with_hooks: bool) -> bool:
-    """Whether a module's forward is its class's, which may be traced."""
-    forward = vars(module).get("forward")
-    return (
-        looks_through(module, with_hooks)
-        and (forward is None or isinstance(forward, FusedForward))
-        and not isinstance(module, AddActivate)
-    )
-
-
-# ---- Matches -----------------------------------------------------------------------------------
-
-
-def find_matches(model: torch.nn.Module, scopes: list[Scope]) -> Matches:
+def find_matches(model: torch.nn.Module) -> Matches:
     """Match every batch normalization with the layer before it, or say why not."""
-    uses = _Uses(model, scopes)
+    traces = list(find_traces(model, lambda module: (module.training,), {}))
+    uses = _Uses(model, traces)
     matches = Matches()
-    for scope in scopes:
-        modules = scope.trace.modules
-        matches.convolutions[scope] = [
-            node for node, layer in modules.items() if _may_add_and_activate(node, layer, uses)
-        ]
+    for trace in traces:
+        may_do_more = [n for n, m in trace.modules.items() if _may_add_and_activate(n, m, uses)]
+        matches.convolutions.append((trace, may_do_more))
     for path, module in model.named_modules():
         if not isinstance(module, BatchNorm):
             continue
         why = _against_norm(module) or uses.against(module)
         if not why:
-            scope, node = uses.places[module]
-            why = _against_layer(scope.trace, node, module, uses)
+            trace, node = uses.places[module]
+            why = _against_layer(trace, node, module, uses)
             if not why:
-                layer = scope.trace.modules[node.args[0]]  # type: ignore[index]
-                matches.found.append(Match(layer, module, uses.paths[layer], path, scope, node))
+                layer = trace.modules[node.args[0]]  # type: ignore[index]
+                matches.found.append(Match(layer, module, uses.paths[layer], path, trace, node))
         if why:
             matches.left[path] = why
     return matches
@@ -180,23 +99,23 @@ def find_matches(model: torch.nn.Module, scopes: list[Scope]) -> Matches:
 class _Uses:
     """Where the modules of a model are called, and whether anything else has a part in them."""
 
-    def __init__(self, model: torch.nn.Module, scopes: list[Scope]) -> None:
+    def __init__(self, model: torch.nn.Module, traces: list[Trace]) -> None:
         self.paths = {module: path for path, module in model.named_modules()}
-        self.places: dict[torch.nn.Module, tuple[Scope, Node]] = {}
+        self.places: dict[torch.nn.Module, tuple[Trace, Node]] = {}
         self.calls: Counter[torch.nn.Module] = Counter()
         modules = list(model.modules())
         self.held = Counter(child for m in modules for child in m._modules.values())
         self.owners: Counter[int] = Counter()
         for module in modules:
             self.owners.update({id(t) for t in _tensors(module)})
-        for scope in scopes:
-            for node in scope.trace.graph.nodes:
+        for trace in traces:
+            for node in trace.graph.nodes:
                 if node.op == "call_module":
-                    module = scope.trace.modules[node]
+                    module = trace.modules[node]
                     self.calls[module] += 1
-                    self.places[module] = scope, node
+                    self.places[module] = trace, node
                 elif node.op == "get_attr":
-                    read = operator.attrgetter(str(node.target))(scope.module)
+                    read = operator.attrgetter(str(node.target))(trace.root)
                     self.owners[id(read)] += 1
 
     def against(self, module: torch.nn.Module) -> str:
@@ -236,7 +155,8 @@ def _against_layer(record: Trace, node: Node, norm: BatchNorm, uses: _Uses) -> s
     if not isinstance(before, Node):
         return "called without a plain input"
     if before.op != "call_module":
-        return f"follows {_name(before)}, not a layer"
+        what = "the input" if before.op == "placeholder" else name_of(before)
+        return f"follows {what}, not a layer"
     layer, target = record.modules[before], before.target
     if type(layer) not in _LAYERS:
         return f"follows {target} ({type(layer).__name__})"
@@ -267,9 +187,3 @@ def _may_add_and_activate(node: Node, layer: torch.nn.Module, uses: _Uses) -> bo
         and not does_more(layer)
         and not uses.against(layer)
     )
-
-
-def _name(node: Node) -> str:
-    if node.op == "placeholder":
-        return "the input"
-    return str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,1 @@
+"""Forwards as graphs: tracing them, what is found in them, and the code that takes their place."""
