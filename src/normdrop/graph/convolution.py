@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normdrop.graph.norm import add
+from normdrop.nn.conv2d import Conv2d
 from normdrop.ops import reference
 
 __all__ = ["activation_of", "as_given", "can_activate", "convolution", "is_plain_call"]
@@ -107,7 +108,8 @@ def convolution(
         overwrite: r's memory may take y.
     """
     if not _takes_operator(layer, x, residual):
-        return _finish(torch.nn.Conv2d.forward(layer, x), residual, activation, into)
+        y = Conv2d._conv_forward(layer, x, layer.weight, layer.bias)  # type: ignore[arg-type]
+        return _finish(y, residual, activation, into)
     weight, shape = _pack(layer, x)
     name, scalars, _ = _NO_ACTIVATION if activation is None else activation_of(activation)
     x = x.contiguous(memory_format=torch.channels_last)

@@ -16,6 +16,7 @@ from normdrop.graph.modules import does_more
 from normdrop.graph.nodes import name_of, only_user
 from normdrop.graph.scopes import find_traces
 from normdrop.graph.tracing import Trace
+from normdrop.nn.conv2d import Conv2d
 from normdrop.nn.linear import Linear
 
 __all__ = ["Match", "Matches", "find_matches"]
@@ -37,6 +38,7 @@ _NORMS: dict[type[_N.Module], int | None] = {
 _LAYERS: dict[type[_N.Module], int] = {
     _N.Linear: 1,
     Linear: 1,
+    Conv2d: 2,
     _N.Conv1d: 1,
     _N.Conv2d: 2,
     _N.Conv3d: 3,
@@ -179,7 +181,7 @@ def _against_layer(record: Trace, node: Node, norm: BatchNorm, uses: _Uses) -> s
 
 def _may_add_and_activate(node: Node, layer: torch.nn.Module, uses: _Uses) -> bool:
     return (
-        type(layer) is torch.nn.Conv2d
+        type(layer) in (torch.nn.Conv2d, Conv2d)
         and len(node.args) == 1
         and not node.kwargs
         and not isinstance(layer.padding, str)

@@ -9,8 +9,10 @@ import torch
 from normdrop.arguments import check_choice, check_flag, check_model
 from normdrop.graph import fusion
 from normdrop.memory.low import Memory, restore_memory, with_memory
+from normdrop.nn.conv2d import Conv2d
+from normdrop.nn.linear import Linear
 from normdrop.surgery.layout import Layout, set_layout
-from normdrop.surgery.linear import Products, restore_linear, set_linear
+from normdrop.surgery.linear import Products, set_linear
 from normdrop.surgery.plan import CLASSES, replaceable
 
 __all__ = ["convert", "revert"]
@@ -18,6 +20,7 @@ __all__ = ["convert", "revert"]
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 _TORCH = {ours: theirs for theirs, ours in CLASSES.items()}
+_TORCH |= {Conv2d: torch.nn.Conv2d, Linear: torch.nn.Linear}  # given for layout and linear
 
 _NORM = {"activation": None, "nonfinite": "propagate"}
 _DROPOUT = {"scaling": "train"}
@@ -55,7 +58,8 @@ def convert(
             ``x.view(n, -1)`` needs ``x.flatten(1)``. Convert before the optimizer's first step:
             its momentum keeps the strides it began with, and torch's ``fused=True`` takes them
             for the weight's without a check. Parameters and numbers are the same, checkpoints
-            load either way, and :func:`revert` leaves the layout.
+            load either way, and :func:`revert` leaves the layout. Strided 1×1 convolutions get a
+            subclass, which goes around a fault of oneDNN in this layout.
         linear: ``"auto"`` lets ``torch.nn.Linear`` layers take oneDNN's products where those are
             faster: float32 on AMD processors with AVX-512, about twice as fast. It is not the
             default, since the layers become a subclass, which tools that look for the very class
@@ -130,7 +134,6 @@ def revert(model: _Module) -> _Module:
                     f"with {name}={getattr(module, name)!r}; build it with {name}={value!r}"
                 )
     fusion.remove(model)
-    restore_linear(model)
     restore_memory(model)
     for _, module in ours:
         for name in _extras(module):
@@ -141,5 +144,6 @@ def revert(model: _Module) -> _Module:
 
 def _extras(module: torch.nn.Module) -> dict[str, str | None]:
     """The attributes that ours have and torch's have not, with what they are by default."""
-    is_norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-    return dict(_NORM if is_norm else _DROPOUT)
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        return dict(_NORM)
+    return dict(_DROPOUT) if isinstance(module, torch.nn.modules.dropout._DropoutNd) else {}

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from normdrop.arguments import check_choice
+from normdrop.nn.conv2d import Conv2d, is_strided_point
 
 __all__ = ["Layout", "set_layout", "weights_to_lay_out"]
 
@@ -25,6 +26,9 @@ def set_layout(model: torch.nn.Module, layout: Layout) -> None:
     layout of its input. So it is enough to lay out the weights of 2-D convolutions anew: shapes,
     numbers, parameter objects and the state_dict stay, only strides change. The input comes in
     either layout; one in NCHW is brought over by the first convolution.
+
+    A strided 1×1 convolution becomes a :class:`normdrop.nn.conv2d.Conv2d`, since oneDNN computes
+    wrong gradients for some of those in channels_last; parametrized ones and subclasses stay.
 
     ``torch.distributed.fsdp.fully_shard`` takes contiguous parameters only: "keep" is for it.
 
@@ -46,7 +50,11 @@ def set_layout(model: torch.nn.Module, layout: Layout) -> None:
         >>> y.is_contiguous(memory_format=torch.channels_last)
         True
     """
-    for weight in weights_to_lay_out(model, layout):
+    weights = weights_to_lay_out(model, layout)
+    for module in model.modules() if weights else ():
+        if type(module) is torch.nn.Conv2d and is_strided_point(module):
+            module.__class__ = Conv2d
+    for weight in weights:
         weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         if weight.grad is not None:
             weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Give linear layers the faster library's products, and take them away."""
+"""Give linear layers the faster library's products."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from normdrop.arguments import check_choice
 from normdrop.nn.linear import Linear
 
-__all__ = ["Products", "layers_to_choose", "restore_linear", "set_linear"]
+__all__ = ["Products", "layers_to_choose", "set_linear"]
 
 Products = Literal["auto", "keep"]
 
@@ -42,10 +42,3 @@ def layers_to_choose(model: torch.nn.Module, linear: Products) -> list[torch.nn.
         for module in (model.modules() if linear != "keep" else ())
         if type(module) is torch.nn.Linear and getattr(module, "qconfig", None) is None
     ]
-
-
-def restore_linear(model: torch.nn.Module) -> None:
-    """Give torch's class back."""
-    for module in model.modules():
-        if type(module) is Linear:
-            module.__class__ = torch.nn.Linear  # type: ignore[assignment]
