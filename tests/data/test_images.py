@@ -59,6 +59,27 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
         assert (decode(path, GREY)[0] == np.asarray(ramp())).all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [
+        ("int32", 0, 2**31 - 1),
+        ("uint32", 0, 2**32 - 1),
+        ("int32", -500, 90_000),
+        ("int32", 0, 70_000),
+    ],
+)
+def test_grey_of_32_bits_is_scaled_to_its_own_range(tmp_path, kind, low, high):
+    values = np.rint(np.linspace(low, high, 120)).astype(np.int64).reshape(10, 12)
+    image = Image.fromarray(values.astype(kind).view(np.int32))
+    path = save(tmp_path / "a.tif", image)
+    if kind == "uint32":
+        # Tag 339, which Pillow writes as 2, signed; 1 is unsigned.
+        tag = bytes.fromhex("5301 0300 01000000")
+        path.write_bytes(path.read_bytes().replace(tag + b"\x02", tag + b"\x01"))
+    array = decode(path, GREY)
+    np.testing.assert_array_equal(array[0], np.rint((values - low) * (255 / (high - low))))
+
+
 def test_cmyk_jpeg_becomes_rgb(tmp_path):
     image = Image.new("RGB", (12, 10), (250, 20, 20)).convert("CMYK")
     array = decode(save(tmp_path / "a.jpg", image), RGB)

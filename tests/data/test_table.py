@@ -279,7 +279,7 @@ def test_table_with_one_class_or_a_lone_sample_is_an_error(write):
         ("a.csv", b"a,b,a\n4,5,6\n", "has more than one column 'a'; give each its own name"),
         ("a.csv", b"1,2,3\n4,5,6\n", "must begin with a line of column names"),
         ("a.csv", b"0.94,1.5,x\n0.2,1.1,y\n", "must begin with a line of column names"),
-        ("a.csv", b'a,target\n1,2\n"3,4\n', "cannot be read"),
+        ("a.csv", b'a,target\n1,2\n"3,4\n', "row 2 of table .* has 1 value, but"),
         ("a.csv", b"a,target\n\xff\xfe,2\n", "is not text in UTF-8; save it as such"),
         ("a.parquet", b"PAR1", "cannot be read"),
         ("a.parquet", b"", "cannot be read"),

@@ -88,13 +88,13 @@ class Rows:
         self.columns = columns
 
     def read(self, paths: Iterable[str | Path]) -> Iterator[tuple[str, Tensor]]:
-        from normdrop.data.table import encode_rows, read_table
+        from normdrop.data.table import encode_rows
+        from normdrop.data.table_file import read_table
 
-        texts = [column["name"] for column in self.columns if column["kind"] == "category"]
         for given in paths:
             path = Path(given)
             _check_exists(path)
-            frame = read_table(path, texts)
+            frame = read_table(path)
             self._check_columns(frame.columns, path)
             frame = frame[[column["name"] for column in self.columns]]
             self._check_values(frame, path)
@@ -120,14 +120,16 @@ class Rows:
             )
 
     def _check_values(self, frame: Any, path: Path) -> None:
-        import pandas as pd
+        from normdrop.data.table_file import as_numbers
 
         bad = {}
         for column in self.columns:
             values = frame[column["name"]]
             if column["kind"] == "number":
-                values = pd.to_numeric(values, errors="coerce").replace([np.inf, -np.inf], np.nan)
-            if count := int(values.isna().sum()):
+                lacking = ~np.isfinite(as_numbers(values, column["form"]))
+            else:
+                lacking = values.isna() | (values.astype(str).str.strip() == "")
+            if count := int(lacking.sum()):
                 bad[column["name"]] = count
         if bad:
             shown = ", ".join(f"{name} ({count})" for name, count in list(bad.items())[:5])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from normdrop.errors import UserError
 
@@ -20,6 +21,7 @@ JUNK_SUFFIXES = (
 )
 JUNK_NAMES = ("license", "readme", "sha256sums", "md5sums")
 EXIF_ORIENTATION = 0x0112
+TIFF_SAMPLE_FORMAT = 339
 
 
 class Unreadable(Exception):
@@ -67,8 +69,9 @@ def look(path: Path) -> tuple[int, int, bool]:
 def decode(path: Path, rule: Rule) -> np.ndarray:
     """Read an image file as (channels, height, width) uint8.
 
-    Transparent pixels show white, 16-bit grey is divided by 257, the orientation that a camera
-    noted is applied, and of an animation the first frame is taken.
+    Transparent pixels show white, 16-bit grey is divided by 257, of 32-bit grey beyond that the
+    image's own highest value is white, the orientation that a camera noted is applied, and of an
+    animation the first frame is taken.
 
     Raises:
         Unreadable: not an image, or a damaged one, such as a JPEG that is cut off.
@@ -82,7 +85,7 @@ def decode(path: Path, rule: Rule) -> np.ndarray:
                 image.draft(None, (side, side))
             image.load()
             upright = ImageOps.exif_transpose(image)
-            plain = _plain(upright, "L" if rule.channels == 1 else "RGB")
+            plain = _plain(upright, "L" if rule.channels == 1 else "RGB", _is_unsigned(image))
     except Exception as error:
         raise Unreadable(_reason(error)) from error
     size = (rule.width, rule.height)
@@ -105,16 +108,24 @@ def read(path: Path, rule: Rule) -> np.ndarray:
         raise UserError(f"image {str(path)!r} cannot be read ({error})") from error
 
 
-def _plain(image: Image.Image, mode: str) -> Image.Image:
+def _plain(image: Image.Image, mode: str, unsigned: bool) -> Image.Image:
     if image.mode.startswith("I"):
         # Older Pillow opens a 16-bit PNG as mode I, newer as I;16: the values are the same.
         values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
+        if unsigned:
+            values &= 0xFFFFFFFF
+        low, high = min(0, values.min()), max(65535, values.max())
+        image = Image.fromarray(np.rint((values - low) * (255 / (high - low))).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image).convert("RGB")
     return image if image.mode == mode else image.convert(mode)
+
+
+def _is_unsigned(image: Image.Image) -> bool:
+    """Whether 32-bit pixels, which Pillow gives as signed, are none."""
+    return isinstance(image, TiffImageFile) and 2 not in image.tag_v2.get(TIFF_SAMPLE_FORMAT, (1,))
 
 
 def _check_mode(image: Image.Image) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from normdrop.data.module import DataModule
+from normdrop.data.table_file import TABLE_SUFFIXES
 from normdrop.errors import UserError
 
 __all__ = ["SOURCES", "load"]
 
 SOURCES = ("digits", "fashion-mnist")
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".pq")
 
 
 def load(

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from normdrop.data.module import DataModule, InMemory, Samples
+from normdrop.data.table_file import (
+    TABLE_SUFFIXES,
+    Meaning,
+    as_numbers,
+    is_csv,
+    read_meaning,
+    read_table,
+)
 from normdrop.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Table", "encode_rows", "has_tables", "read_table", "table_in"]
+__all__ = ["Table", "encode_rows", "has_tables", "labels_in", "table_in"]
 
 TARGET_NAMES = ("target", "label", "class")
 # More distinct texts than this in one column are names or free text, not categories.
@@ -67,21 +74,39 @@ class Table(DataModule):
 
         if self.path.is_dir():
             found = {part: table_in(self.path, part) for part in ("train", "val", "test")}
-            frames = {part: read_table(path) for part, path in found.items() if path}
-            _check_same_columns(frames, self.path)
+            paths = {part: path for part, path in found.items() if path}
         else:
-            frames = {"": read_table(self.path)}
+            paths = {"": self.path}
+        frames = {part: read_table(path) for part, path in paths.items()}
+        _check_same_columns(frames, self.path)
+        if any(map(is_csv, paths.values())):
+            frames = {
+                part: frame if is_csv(paths[part]) else _as_texts(frame)
+                for part, frame in frames.items()
+            }
+        # The parts' types are found out together, or 1 and 1.5 would differ between them.
         frame = pd.concat(frames, names=["part", "row"])
         target = self._target_column(frame)
         ignored = [self._column(frame, name, "ignore") for name in self.ignore]
         if target in ignored:
             raise UserError(f"the target column {target!r} cannot be in ignore")
-        frame = self._without_missing(frame.drop(columns=ignored))
+        frame = frame.drop(columns=ignored)
+        meanings: dict[str, Meaning] = {}
+        if any(map(is_csv, paths.values())):
+            separator = frame.attrs.get("separator", ",")
+            meanings = {
+                name: read_meaning(
+                    frame[name], name, self.path, separator=separator, flags=name != target
+                )
+                for name in frame.columns
+            }
+            frame = pd.DataFrame({name: meaning.values for name, meaning in meanings.items()})
+        frame = self._without_missing(frame, target, meanings)
         classes, labels = _classes(frame[target], target)
         features = frame.drop(columns=[target])
         if not len(features.columns):
             raise UserError(f"{self.path} must have a column beside the target {target!r}")
-        self._target, self._features = target, features
+        self._target, self._features, self._meanings = target, features, meanings
         part_of = np.asarray(frame.index.get_level_values("part"))
         return Samples(
             # The inputs depend on the training part: _fit makes them.
@@ -107,7 +132,9 @@ class Table(DataModule):
         named = [c for name in TARGET_NAMES for c in frame.columns if str(c).lower() == name]
         return str(named[0] if named else frame.columns[-1])
 
-    def _without_missing(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def _without_missing(
+        self, frame: pd.DataFrame, target: str, meanings: dict[str, Meaning]
+    ) -> pd.DataFrame:
         for name in frame.select_dtypes("float").columns:
             frame[name] = frame[name].replace([np.inf, -np.inf], np.nan)
         counts = frame.isna().sum()
@@ -115,15 +142,27 @@ class Table(DataModule):
         if not len(counts):
             return frame
         if self.missing == "error":
-            shown = ", ".join(f"{name} ({n})" for name, n in list(counts.items())[:5])
+            shown = []
+            for name, count in list(counts.items())[:5]:
+                marked = meanings[name].nothing if name in meanings else ""
+                shown.append(f"{name} ({count}{f', as {marked}' if marked else ''})")
             more = f" and {len(counts) - 5} more columns" if len(counts) > 5 else ""
             raise UserError(
-                f"{self.path} has missing or infinite values in {shown}{more}; fill them in, or "
-                f"leave those rows out with missing='drop' (--missing drop)"
+                f"{self.path} has missing or infinite values in {', '.join(shown)}{more}; fill "
+                f"them in, or leave those rows out with missing='drop' (--missing drop)"
             )
         kept = frame.dropna()
         if not len(kept):
             raise UserError(f"{self.path} has no row without missing values; ignore those columns")
+        lost = set(frame[target].dropna()) - set(kept[target])
+        if lost:
+            name = next(
+                name for name in counts.index if frame[name][frame[target].isin(lost)].isna().any()
+            )
+            raise UserError(
+                f"every row of class {str(min(lost))!r} of {self.path} has missing values, so "
+                f"missing='drop' would leave out the class; fill them in, or ignore {name!r}"
+            )
         self.dropped = len(frame) - len(kept)
         return kept
 
@@ -136,12 +175,12 @@ class Table(DataModule):
                 f"cannot calculate with; scale them down"
             )
         self._columns = [
-            _describe(self._features[name].iloc[training], str(name), self.standardize, self.path)
+            _describe(self._features[name], training, self._meanings.get(name), self)
             for name in self._features.columns
         ]
         values, _ = encode_rows(self._features, self._columns)
         self._samples.store = InMemory(values)
-        del self._features
+        del self._features, self._meanings
 
     def _encoding(self) -> dict[str, Any]:
         return {"columns": self._columns, "target": self._target}
@@ -154,81 +193,10 @@ def has_tables(folder: Path) -> bool:
 
 def table_in(folder: Path, part: str) -> Path | None:
     """The folder's table of that name, if any."""
-    for suffix in (".csv", ".tsv", ".parquet", ".pq"):
+    for suffix in TABLE_SUFFIXES:
         if (path := folder / f"{part}{suffix}").is_file():
             return path
     return None
-
-
-def read_table(path: Path, text_columns: Iterable[str] = ()) -> pd.DataFrame:
-    """Read a CSV (comma, semicolon or tab), TSV or Parquet file.
-
-    Args:
-        path: of the file.
-        text_columns: columns of a CSV to read as text, even if they look like numbers.
-
-    Raises:
-        UserError: the file is missing, damaged, empty or without a line of column names.
-    """
-    import pandas as pd
-
-    try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            frame = pd.read_parquet(path).reset_index(drop=True)
-        else:
-            with path.open(encoding="utf-8-sig") as file:
-                first = file.readline()
-            if not first:
-                raise UserError(f"table {str(path)!r} is empty")
-            separator = max(",;\t", key=first.count)
-            _check_header(path, first, separator)
-            frame = pd.read_csv(
-                path,
-                sep=separator,
-                dtype=dict.fromkeys(text_columns, str),
-                low_memory=False,
-                encoding="utf-8-sig",
-                skipinitialspace=True,
-                index_col=False,
-            )
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"table {str(path)!r} cannot be read, since it is not text in UTF-8; save it as such"
-        ) from error
-    except Exception as error:  # A damaged Parquet file raises KeyError and TypeError too.
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"table {str(path)!r} cannot be read ({reason[0] if reason else error!r})"
-        ) from error
-    frame.columns = [str(column) for column in frame.columns]
-    for name, kind in frame.dtypes.items():
-        if (
-            pd.api.types.is_object_dtype(kind)
-            and pd.api.types.infer_dtype(frame[name]) == "decimal"
-        ):
-            frame[name] = frame[name].astype(float)
-    if not len(frame) or not len(frame.columns):
-        raise UserError(f"table {str(path)!r} has no rows")
-    # Columns may be named 0, 1, 2; a name such as 0.94 is a sample's value.
-    numbers = [float(column) for column in frame.columns if _is_number(column)]
-    if len(numbers) == len(frame.columns) or any(value % 1 > 0 for value in numbers):
-        raise UserError(
-            f"table {str(path)!r} must begin with a line of column names, but its first line "
-            f"holds numbers; add that line"
-        )
-    return frame
-
-
-def _check_header(path: Path, line: str, separator: str) -> None:
-    """Two columns of one name: pandas would rename the second in silence."""
-    header = next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
-    twice = [name for name, count in Counter(header).items() if name and count > 1]
-    if twice:
-        raise UserError(
-            f"table {str(path)!r} has more than one column {twice[0]!r}; give each its own name"
-        )
 
 
 def encode_rows(
@@ -250,12 +218,12 @@ def encode_rows(
     for column in columns:
         values = frame[column["name"]]
         if column["kind"] == "number":
-            numbers = pd.to_numeric(values, errors="coerce").to_numpy(np.float64)
+            numbers = as_numbers(values, column["form"])
             if column["mean"] is not None:
                 numbers = (numbers - column["mean"]) / column["deviation"]
             blocks.append(numbers[:, None])
         else:
-            codes = pd.Index(column["values"]).get_indexer(pd.Index(values.astype(str)))
+            codes = pd.Index(column["values"]).get_indexer(pd.Index(values.astype(str).str.strip()))
             block = np.zeros((len(frame), len(column["values"])))
             known = codes >= 0
             block[np.flatnonzero(known), codes[known]] = 1.0
@@ -265,20 +233,27 @@ def encode_rows(
     return np.concatenate(blocks, axis=1).astype(np.float32), unseen
 
 
-def _describe(values: pd.Series, name: str, standardize: bool, path: Path) -> dict[str, Any]:
+def _describe(
+    whole: pd.Series, training: np.ndarray, meaning: Meaning | None, table: Table
+) -> dict[str, Any]:
     """What encodes one column, learned from the training rows."""
     from pandas.api import types
 
+    values, name, path = whole.iloc[training], str(whole.name), table.path
     if types.is_numeric_dtype(values) or types.is_bool_dtype(values):
-        numbers = values.to_numpy(np.float64)
-        deviation = float(numbers.std()) or 1.0
+        numbers = as_numbers(values)
         return {
             "name": name,
             "kind": "number",
-            "mean": float(numbers.mean()) if standardize else None,
-            "deviation": deviation if standardize else None,
+            "form": meaning.form if meaning else "plain",
+            "mean": float(numbers.mean()) if table.standardize else None,
+            "deviation": float(numbers.std()) or 1.0 if table.standardize else None,
         }
-    if types.is_datetime64_any_dtype(values) or types.is_timedelta64_dtype(values):
+    if (
+        types.is_datetime64_any_dtype(values)
+        or types.is_timedelta64_dtype(values)
+        or types.infer_dtype(values) in ("date", "datetime", "time", "timedelta")
+    ):
         raise UserError(
             f"column {name!r} of {path} holds dates or durations; turn it into numbers, or name it "
             f"in ignore"
@@ -289,12 +264,32 @@ def _describe(values: pd.Series, name: str, standardize: bool, path: Path) -> di
             f"{type(values.iloc[0]).__name__} values; name it in ignore"
         )
     texts = sorted(values.astype(str).unique())
+    odd = meaning.odd if meaning else ""
     if len(texts) > MOST_CATEGORIES or len(texts) > max(50, 0.5 * len(values)):
         raise UserError(
-            f"column {name!r} of {path} holds {len(texts)} distinct texts in {len(values)} rows, "
-            f"too many for categories; name it in ignore"
+            f"column {name!r} of {path} holds numbers, but {odd}; mend it, or leave it empty and "
+            f"see --missing"
+            if odd
+            else f"column {name!r} of {path} holds {whole.nunique()} distinct texts in "
+            f"{len(whole)} rows, too many for categories; name it in ignore"
+        )
+    if odd:
+        warnings.warn(
+            f"column {name!r} of {path} holds numbers, but {odd}; its values are taken as "
+            f"categories",
+            stacklevel=2,
         )
     return {"name": name, "kind": "category", "values": texts}
+
+
+def _class_names(values: pd.Series) -> pd.Series:
+    """Each value as the name of its class: whole numbers without a point, others as they are."""
+    from pandas.api import types
+
+    if types.is_numeric_dtype(values) and not types.is_bool_dtype(values):
+        whole = all(float(value).is_integer() for value in values.unique())
+        return values.map(lambda value: str(int(value)) if whole else str(value))
+    return values.astype(str)
 
 
 def _classes(values: pd.Series, target: str) -> tuple[tuple[str, ...], np.ndarray]:
@@ -302,10 +297,10 @@ def _classes(values: pd.Series, target: str) -> tuple[tuple[str, ...], np.ndarra
     from pandas.api import types
 
     numeric = types.is_numeric_dtype(values) and not types.is_bool_dtype(values)
-    distinct = sorted(values.unique()) if numeric else sorted(values.astype(str).unique())
-    whole = numeric and all(float(value).is_integer() for value in distinct)
+    distinct = values.drop_duplicates().sort_values() if numeric else values.drop_duplicates()
+    names = _class_names(distinct).tolist()
     if (
-        (numeric and not whole and len(distinct) > 20)
+        (numeric and len(distinct) > 20 and any("." in name for name in names))
         or (numeric and len(distinct) > 100 and len(distinct) > 0.05 * len(values))
         or len(distinct) > MOST_CLASSES
     ):
@@ -314,13 +309,33 @@ def _classes(values: pd.Series, target: str) -> tuple[tuple[str, ...], np.ndarra
             f"rows, which is no set of classes; normdrop classifies: choose another target, or "
             f"put its values into classes"
         )
-    names = [str(int(value)) if whole else str(value) for value in distinct]
-    codes = pd.Index(distinct).get_indexer(pd.Index(values if numeric else values.astype(str)))
+    names = names if numeric else sorted(names)
+    codes = pd.Index(names).get_indexer(pd.Index(_class_names(values)))
     return tuple(names), codes.astype(np.int64)
 
 
+def labels_in(path: Path, target: str, classes: Sequence[str]) -> list[str]:
+    """The class of every row of another table, by the names that training knows.
+
+    Raises:
+        UserError: the table has no such column.
+    """
+    frame = read_table(path)
+    if target not in frame.columns:
+        raise UserError(f"Expected {path} to have the target column {target!r}, but it has none")
+    values = frame[target]
+    if is_csv(path) and not set(values.str.strip()) <= set(classes):
+        values = read_meaning(values, target, path, flags=False).values
+    return list(_class_names(values))
+
+
+def _as_texts(frame: pd.DataFrame) -> pd.DataFrame:
+    """A Parquet table as a CSV would hold it."""
+    return frame.astype(object).where(frame.notna(), "").map(str)
+
+
 def _check_same_columns(frames: dict[str, pd.DataFrame], folder: Path) -> None:
-    train = set(frames["train"].columns)
+    train = set(next(iter(frames.values())).columns)
     for part, frame in frames.items():
         differ = train ^ set(frame.columns)
         if differ:
@@ -328,11 +343,3 @@ def _check_same_columns(frames: dict[str, pd.DataFrame], folder: Path) -> None:
                 f"the tables in {folder} must have the same columns, but train and {part} differ "
                 f"in {', '.join(sorted(differ)[:5])}"
             )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from normdrop import data
+from normdrop.data.table import labels_in
 from normdrop.errors import UserError
 from normdrop.runs.data import check_same_data, load_data
 from normdrop.runs.folder import command_to_repeat
@@ -145,7 +146,7 @@ def _labelled(
     places = {name: place for place, name in enumerate(classes)}
     encoder = data.encoder(state)
     if state["kind"] == "table":
-        names = _targets(path, state["target"])
+        names = labels_in(path, state["target"], classes)
         inputs = torch.stack([x for _, x in encoder.read([path])])
     else:
         pairs = [(x, folder.name) for folder in _folders(path) for _, x in encoder.read([folder])]
@@ -157,18 +158,6 @@ def _labelled(
         )
     labels = torch.tensor([places[name] for name in names])
     return zip(inputs.split(BATCH), labels.split(BATCH), strict=True)
-
-
-def _targets(path: Path, target: str) -> list[str]:
-    from normdrop.data.table import read_table
-
-    frame = read_table(path)
-    if target not in frame.columns:
-        raise UserError(f"Expected {path} to have the target column {target!r}, but it has none")
-    return [
-        str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-        for value in frame[target].tolist()
-    ]
 
 
 def _folders(path: Path) -> list[Path]:
