@@ -1,17 +1,15 @@
-"""What all networks share: norm or its stand-in, dropout, He initialization, the checks."""
+"""What all networks share: norm and dropout where asked for, He initialization, the checks."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from normdrop import nn
 from normdrop.errors import UserError
 
 __all__ = [
-    "Plain",
     "check_count",
     "check_image",
     "check_keep",
@@ -24,44 +22,14 @@ __all__ = [
 ]
 
 
-class Plain(torch.nn.Module):
-    r"""Stand where batch normalization would, in a network built with ``norm=False``.
-
-    .. math:: y = f(x + r)
-
-    with :math:`x`, :math:`r` and :math:`y` of one shape and :math:`f` the ReLU or nothing.
-
-    Args:
-        activation: ``"relu"`` or None.
-
-    Example:
-        >>> Plain("relu")(torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 0.5]))
-        tensor([0.0000, 1.5000])
-    """
-
-    def __init__(self, activation: str | None = None) -> None:
-        super().__init__()
-        if activation not in (None, "relu"):
-            raise ValueError(f'Expected `activation` to be "relu" or None but got {activation!r}')
-        self.activation = activation
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is not None:
-            x = x + residual
-        return torch.relu(x) if self.activation == "relu" else x
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+def norm1d(features: int, *, norm: bool) -> torch.nn.Module:
+    """Batch normalization of (N, features), or a layer that is none."""
+    return torch.nn.BatchNorm1d(features) if norm else torch.nn.Identity()
 
 
-def norm1d(features: int, *, norm: bool, activation: str | None = None) -> torch.nn.Module:
-    """Batch normalization of (N, features) with its activation in one call, or the latter alone."""
-    return nn.BatchNorm1d(features, activation=activation) if norm else Plain(activation)
-
-
-def norm2d(channels: int, *, norm: bool, activation: str | None = None) -> torch.nn.Module:
-    """Batch normalization of (N, channels, H, W) with its activation in one call, or the latter."""
-    return nn.BatchNorm2d(channels, activation=activation) if norm else Plain(activation)
+def norm2d(channels: int, *, norm: bool) -> torch.nn.Module:
+    """Batch normalization of (N, channels, H, W), or a layer that is none."""
+    return torch.nn.BatchNorm2d(channels) if norm else torch.nn.Identity()
 
 
 def dropout(keep: float) -> torch.nn.Module:
@@ -138,7 +106,7 @@ def initialize(network: torch.nn.Module, output: torch.nn.Linear) -> None:
 
 def zero_last(norm: torch.nn.Module, convolution: torch.nn.Conv2d) -> None:
     """Let a residual branch begin as zero: by its last γ, or where none is, its convolution."""
-    last: Any = norm if isinstance(norm, nn.BatchNorm2d) else convolution
+    last: Any = norm if isinstance(norm, torch.nn.BatchNorm2d) else convolution
     torch.nn.init.zeros_(last.weight)
 
 

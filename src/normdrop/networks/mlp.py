@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normdrop import nn
 from normdrop.errors import UserError
-from normdrop.memory.low import Memory, with_memory
+from normdrop.memory.low import Memory
 from normdrop.networks.layers import check_count, check_keep, dropout, initialize, norm1d
-from normdrop.nn.linear import Linear
+from normdrop.surgery.convert import convert
 
 __all__ = ["MLP", "mlp"]
 
@@ -36,6 +35,7 @@ class MLP(torch.nn.Module):
         keep_hidden: probability to keep a hidden value, in (0, 1]; or one for each hidden layer.
         norm: normalize the hidden layers.
         input_norm: normalize the input.
+        memory: "low" keeps less for backward, with the same gradients: :func:`normdrop.convert`.
 
     Shape:
         (N, …) with ``widths[0]`` values a sample, to (N, ``widths[-1]``).
@@ -62,6 +62,7 @@ class MLP(torch.nn.Module):
         keep_hidden: float | Sequence[float] = 1.0,
         norm: bool = True,
         input_norm: bool = False,
+        memory: Memory = "normal",
     ) -> None:
         super().__init__()
         if isinstance(widths, (str, int)) or len(widths) < 2:
@@ -71,19 +72,22 @@ class MLP(torch.nn.Module):
             )
         first, *hidden, classes = (check_count("widths", width) for width in widths)
         keeps = _keeps(keep_hidden, len(hidden))
-        self.input_norm = nn.BatchNorm1d(first) if input_norm else torch.nn.Identity()
+        self.input_norm = norm1d(first, norm=input_norm)
         self.input_drop = dropout(check_keep("keep_input", keep_input))
         layers: list[torch.nn.Module] = []
         for width, keep in zip(hidden, keeps, strict=True):
+            # Three places a layer, so that the parameters have the same names with and without norm.
+            relu = torch.nn.ReLU()
             layers += [
-                Linear(first, width, bias=not norm),
-                norm1d(width, norm=norm, activation="relu"),
-                dropout(keep),
+                torch.nn.Linear(first, width, bias=not norm),
+                norm1d(width, norm=norm),
+                relu if keep == 1 else torch.nn.Sequential(relu, dropout(keep)),
             ]
             first = width
         self.hidden = torch.nn.Sequential(*layers)
-        self.fc = Linear(first, classes)
+        self.fc = torch.nn.Linear(first, classes)
         initialize(self, self.output)
+        convert(self, linear="auto", memory=memory)
 
     @property
     def output(self) -> torch.nn.Linear:
@@ -119,25 +123,4 @@ def _keeps(keep: float | Sequence[float], layers: int) -> list[float]:
     return [check_keep("keep_hidden", value) for value in keep]
 
 
-def mlp(
-    widths: Sequence[int],
-    *,
-    keep_input: float = 1.0,
-    keep_hidden: float | Sequence[float] = 1.0,
-    norm: bool = True,
-    input_norm: bool = False,
-    memory: Memory = "normal",
-) -> MLP:
-    """Make a multilayer perceptron. See :class:`MLP`.
-
-    ``memory="low"`` keeps less for backward, with the same gradients; see
-    :func:`normdrop.convert`.
-
-    Example:
-        >>> mlp((64, 128, 10), keep_hidden=0.5).output
-        Linear(in_features=128, out_features=10, bias=True)
-    """
-    network = MLP(
-        widths, keep_input=keep_input, keep_hidden=keep_hidden, norm=norm, input_norm=input_norm
-    )
-    return with_memory(network, memory)
+mlp = MLP

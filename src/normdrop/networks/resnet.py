@@ -3,11 +3,11 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from normdrop import nn
 from normdrop.errors import UserError
-from normdrop.memory.low import Memory, with_memory
+from normdrop.memory.low import Memory
 from normdrop.networks import layers as pieces
 from normdrop.networks.layers import (
     check_count,
@@ -18,8 +18,8 @@ from normdrop.networks.layers import (
     norm2d,
     zero_last,
 )
-from normdrop.ops.shortcut import padded_part
-from normdrop.surgery.layout import Layout, set_layout
+from normdrop.surgery.convert import convert
+from normdrop.surgery.layout import Layout
 
 __all__ = ["BasicBlock", "Bottleneck", "Pad", "ResNet", "resnet"]
 
@@ -49,9 +49,7 @@ class Pad(torch.nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        every = slice(None, None, self.stride)
-        index = (slice(None), slice(None), every, every)
-        return padded_part(x, index, (0, 0, 0, 0, 0, self.extra))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
 
     def extra_repr(self) -> str:
         return f"extra={self.extra}, stride={self.stride}"
@@ -87,9 +85,11 @@ class BasicBlock(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = torch.nn.Conv2d(channels, width, 3, stride, padding=1, bias=not norm)
-        self.bn1 = norm2d(width, norm=norm, activation="relu")
+        self.bn1 = norm2d(width, norm=norm)
+        self.relu1 = torch.nn.ReLU()
         self.conv2 = torch.nn.Conv2d(width, width, 3, padding=1, bias=not norm)
-        self.bn2 = norm2d(width, norm=norm, activation="relu")
+        self.bn2 = norm2d(width, norm=norm)
+        self.relu2 = torch.nn.ReLU()
         self.downsample = _shortcut(channels, width, stride, norm=norm, kind=shortcut)
 
     def zero_last(self) -> None:
@@ -97,9 +97,10 @@ class BasicBlock(torch.nn.Module):
         zero_last(self.bn2, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.bn1(self.conv1(x))
-        y: Tensor = self.bn2(self.conv2(x), residual=shortcut)
+        y: Tensor = self.relu1(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y = y + (x if self.downsample is None else self.downsample(x))
+        y = self.relu2(y)
         return y
 
 
@@ -122,11 +123,14 @@ class Bottleneck(torch.nn.Module):
         super().__init__()
         filters = width * self.expansion
         self.conv1 = torch.nn.Conv2d(channels, width, 1, bias=not norm)
-        self.bn1 = norm2d(width, norm=norm, activation="relu")
+        self.bn1 = norm2d(width, norm=norm)
+        self.relu1 = torch.nn.ReLU()
         self.conv2 = torch.nn.Conv2d(width, width, 3, stride, padding=1, bias=not norm)
-        self.bn2 = norm2d(width, norm=norm, activation="relu")
+        self.bn2 = norm2d(width, norm=norm)
+        self.relu2 = torch.nn.ReLU()
         self.conv3 = torch.nn.Conv2d(width, filters, 1, bias=not norm)
-        self.bn3 = norm2d(filters, norm=norm, activation="relu")
+        self.bn3 = norm2d(filters, norm=norm)
+        self.relu3 = torch.nn.ReLU()
         self.downsample = _shortcut(channels, filters, stride, norm=norm, kind=shortcut)
 
     def zero_last(self) -> None:
@@ -134,10 +138,11 @@ class Bottleneck(torch.nn.Module):
         zero_last(self.bn3, self.conv3)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.bn1(self.conv1(x))
-        x = self.bn2(self.conv2(x))
-        y: Tensor = self.bn3(self.conv3(x), residual=shortcut)
+        y: Tensor = self.relu1(self.bn1(self.conv1(x)))
+        y = self.relu2(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        y = y + (x if self.downsample is None else self.downsample(x))
+        y = self.relu3(y)
         return y
 
 
@@ -182,6 +187,7 @@ class ResNet(torch.nn.Module):
             shape changes; None takes the family's.
         layout: memory layout of the maps, ``"channels_last"`` or ``"keep"`` for torch's own;
             ``"auto"`` takes channels_last on the CPU, where it is faster. The numbers are the same.
+        memory: "low" keeps less for backward, with the same gradients: :func:`normdrop.convert`.
 
     Shape:
         (N, in_channels, H, W) to (N, classes). H and W are at least :attr:`least_size`, with which
@@ -222,6 +228,7 @@ class ResNet(torch.nn.Module):
         stem_stride: int = 1,
         shortcut: Literal["projection", "pad"] | None = None,
         layout: Layout = "auto",
+        memory: Memory = "normal",
     ) -> None:
         super().__init__()
         blocks = _blocks(depth)
@@ -234,7 +241,7 @@ class ResNet(torch.nn.Module):
         check_count("in_channels", in_channels)
         self._name = f"resnet{depth}"
 
-        self.input_norm = nn.BatchNorm2d(in_channels) if input_norm else torch.nn.Identity()
+        self.input_norm = norm2d(in_channels, norm=input_norm)
         self.input_drop = dropout(check_keep("keep_input", keep_input))
         if stem == "large":
             self.conv1 = torch.nn.Conv2d(in_channels, width, 7, 2, padding=3, bias=not norm)
@@ -242,7 +249,8 @@ class ResNet(torch.nn.Module):
             self.conv1 = torch.nn.Conv2d(
                 in_channels, width, 3, stem_stride, padding=1, bias=not norm
             )
-        self.bn1 = norm2d(width, norm=norm, activation="relu")
+        self.bn1 = norm2d(width, norm=norm)
+        self.relu = torch.nn.ReLU()
         self.maxpool = torch.nn.MaxPool2d(3, 2, 1) if stem == "large" else torch.nn.Identity()
         halvings = len(blocks) - 1 + (2 if stem == "large" else stem_stride - 1)
         self.least_size = least_size(halvings)
@@ -268,7 +276,7 @@ class ResNet(torch.nn.Module):
             for module in self.modules():
                 if isinstance(module, (BasicBlock, Bottleneck)):
                     module.zero_last()
-        set_layout(self, layout)
+        convert(self, layout=layout, memory=memory)
 
     @property
     def output(self) -> torch.nn.Linear:
@@ -278,7 +286,7 @@ class ResNet(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pieces.check_image(x.shape, self.least_size, self._name)
         x = self.input_drop(self.input_norm(x))
-        x = self.maxpool(self.bn1(self.conv1(x)))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
         x = self.hidden_drop(self.avgpool(x).flatten(1))
@@ -313,45 +321,4 @@ def _check_options(stem: object, stem_stride: object, shortcut: object) -> None:
         )
 
 
-def resnet(
-    depth: int = 20,
-    classes: int = 10,
-    *,
-    in_channels: int = 3,
-    width: int | None = None,
-    keep_input: float = 1.0,
-    keep_hidden: float = 1.0,
-    norm: bool = True,
-    input_norm: bool = False,
-    zero_init_last: bool = False,
-    stem: Literal["large", "small"] | None = None,
-    stem_stride: int = 1,
-    shortcut: Literal["projection", "pad"] | None = None,
-    layout: Layout = "auto",
-    memory: Memory = "normal",
-) -> ResNet:
-    """Make a residual network. See :class:`ResNet`.
-
-    ``memory="low"`` keeps less for backward, with the same gradients; see
-    :func:`normdrop.convert`.
-
-    Example:
-        >>> resnet(8, 10, in_channels=1, width=8, stem_stride=2).output
-        Linear(in_features=32, out_features=10, bias=True)
-    """
-    network = ResNet(
-        depth,
-        classes,
-        in_channels=in_channels,
-        width=width,
-        keep_input=keep_input,
-        keep_hidden=keep_hidden,
-        norm=norm,
-        input_norm=input_norm,
-        zero_init_last=zero_init_last,
-        stem=stem,
-        stem_stride=stem_stride,
-        shortcut=shortcut,
-        layout=layout,
-    )
-    return with_memory(network, memory)
+resnet = ResNet

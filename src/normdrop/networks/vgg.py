@@ -5,9 +5,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from normdrop import nn
 from normdrop.errors import UserError
-from normdrop.memory.low import Memory, with_memory
+from normdrop.memory.low import Memory
 from normdrop.networks import layers as pieces
 from normdrop.networks.layers import (
     check_count,
@@ -16,8 +15,8 @@ from normdrop.networks.layers import (
     initialize,
     norm2d,
 )
-from normdrop.nn.linear import Linear
-from normdrop.surgery.layout import Layout, set_layout
+from normdrop.surgery.convert import convert
+from normdrop.surgery.layout import Layout
 
 __all__ = ["VGG", "vgg"]
 
@@ -57,6 +56,7 @@ class VGG(torch.nn.Module):
         input_norm: normalize the image, channel by channel.
         layout: memory layout of the maps, ``"channels_last"`` or ``"keep"`` for torch's own;
             ``"auto"`` takes channels_last on the CPU, where it is faster. The numbers are the same.
+        memory: "low" keeps less for backward, with the same gradients: :func:`normdrop.convert`.
 
     Shape:
         (N, in_channels, H, W) with H and W at least 32, to (N, classes).
@@ -90,6 +90,7 @@ class VGG(torch.nn.Module):
         norm: bool = True,
         input_norm: bool = False,
         layout: Layout = "auto",
+        memory: Memory = "normal",
     ) -> None:
         super().__init__()
         if depth not in _STAGES:
@@ -103,7 +104,7 @@ class VGG(torch.nn.Module):
         ):
             check_count(name, count)
         keep_hidden = check_keep("keep_hidden", keep_hidden)
-        self.input_norm = nn.BatchNorm2d(in_channels) if input_norm else torch.nn.Identity()
+        self.input_norm = norm2d(in_channels, norm=input_norm)
         self.input_drop = dropout(check_keep("keep_input", keep_input))
         layers: list[torch.nn.Module] = []
         channels = in_channels
@@ -111,25 +112,24 @@ class VGG(torch.nn.Module):
             filters = width * min(2**stage, 8)
             for _ in range(convolutions):
                 layers.append(torch.nn.Conv2d(channels, filters, 3, padding=1))
-                layers.append(norm2d(filters, norm=norm, activation="relu"))
                 if norm:
-                    # torchvision has its ReLU here; holding the place keeps its numbers.
-                    layers.append(torch.nn.Identity())
+                    layers.append(torch.nn.BatchNorm2d(filters))
+                layers.append(torch.nn.ReLU())
                 channels = filters
             layers.append(torch.nn.MaxPool2d(2, 2))
         self.features = torch.nn.Sequential(*layers)
         self.avgpool = torch.nn.AdaptiveAvgPool2d(pool)
         self.classifier = torch.nn.Sequential(
-            Linear(channels * pool * pool, hidden),
-            torch.nn.ReLU(inplace=True),
+            torch.nn.Linear(channels * pool * pool, hidden),
+            torch.nn.ReLU(),
             dropout(keep_hidden),
-            Linear(hidden, hidden),
-            torch.nn.ReLU(inplace=True),
+            torch.nn.Linear(hidden, hidden),
+            torch.nn.ReLU(),
             dropout(keep_hidden),
-            Linear(hidden, classes),
+            torch.nn.Linear(hidden, classes),
         )
         initialize(self, self.output)
-        set_layout(self, layout)
+        convert(self, layout=layout, linear="auto", memory=memory)
 
     @property
     def output(self) -> torch.nn.Linear:
@@ -143,41 +143,4 @@ class VGG(torch.nn.Module):
         return logits
 
 
-def vgg(
-    depth: int = 16,
-    classes: int = 1000,
-    *,
-    in_channels: int = 3,
-    width: int = 64,
-    hidden: int = 4096,
-    pool: int = 7,
-    keep_input: float = 1.0,
-    keep_hidden: float = 1.0,
-    norm: bool = True,
-    input_norm: bool = False,
-    layout: Layout = "auto",
-    memory: Memory = "normal",
-) -> VGG:
-    """Make a VGG network. See :class:`VGG`.
-
-    ``memory="low"`` keeps less for backward, with the same gradients; see
-    :func:`normdrop.convert`.
-
-    Example:
-        >>> vgg(11, 10, width=8, hidden=32, pool=1).output
-        Linear(in_features=32, out_features=10, bias=True)
-    """
-    network = VGG(
-        depth,
-        classes,
-        in_channels=in_channels,
-        width=width,
-        hidden=hidden,
-        pool=pool,
-        keep_input=keep_input,
-        keep_hidden=keep_hidden,
-        norm=norm,
-        input_norm=input_norm,
-        layout=layout,
-    )
-    return with_memory(network, memory)
+vgg = VGG

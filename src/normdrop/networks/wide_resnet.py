@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from normdrop import nn
 from normdrop.errors import UserError
-from normdrop.memory.low import Memory, with_memory
+from normdrop.memory.low import Memory
 from normdrop.networks import layers as pieces
 from normdrop.networks.layers import (
     check_count,
@@ -15,7 +14,8 @@ from normdrop.networks.layers import (
     least_size,
     norm2d,
 )
-from normdrop.surgery.layout import Layout, set_layout
+from normdrop.surgery.convert import convert
+from normdrop.surgery.layout import Layout
 
 __all__ = ["WideBlock", "WideResNet", "wide_resnet"]
 
@@ -35,9 +35,11 @@ class WideBlock(torch.nn.Module):
         self, channels: int, width: int, stride: int, *, keep: float = 1.0, norm: bool = True
     ) -> None:
         super().__init__()
-        self.bn1 = norm2d(channels, norm=norm, activation="relu")
+        self.bn1 = norm2d(channels, norm=norm)
+        self.relu1 = torch.nn.ReLU()
         self.conv1 = torch.nn.Conv2d(channels, width, 3, stride, padding=1, bias=not norm)
-        self.bn2 = norm2d(width, norm=norm, activation="relu")
+        self.bn2 = norm2d(width, norm=norm)
+        self.relu2 = torch.nn.ReLU()
         self.drop = dropout(keep)
         self.conv2 = torch.nn.Conv2d(width, width, 3, padding=1, bias=not norm)
         self.shortcut: torch.nn.Module | None = None
@@ -45,10 +47,9 @@ class WideBlock(torch.nn.Module):
             self.shortcut = torch.nn.Conv2d(channels, width, 1, stride, bias=not norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.bn1(x)
-        shortcut = x if self.shortcut is None else self.shortcut(a)
-        y: Tensor = self.conv2(self.drop(self.bn2(self.conv1(a))))
-        return y + shortcut
+        a = self.relu1(self.bn1(x))
+        y: Tensor = self.conv2(self.drop(self.relu2(self.bn2(self.conv1(a)))))
+        return y + (x if self.shortcut is None else self.shortcut(a))
 
 
 class WideResNet(torch.nn.Module):
@@ -80,6 +81,7 @@ class WideResNet(torch.nn.Module):
             multiply-adds.
         layout: memory layout of the maps, ``"channels_last"`` or ``"keep"`` for torch's own;
             ``"auto"`` takes channels_last on the CPU, where it is faster. The numbers are the same.
+        memory: "low" keeps less for backward, with the same gradients: :func:`normdrop.convert`.
 
     Shape:
         (N, in_channels, H, W) to (N, classes); H and W are at least 3 (5 with ``stem_stride=2``).
@@ -113,6 +115,7 @@ class WideResNet(torch.nn.Module):
         zero_init_last: bool = False,
         stem_stride: int = 1,
         layout: Layout = "auto",
+        memory: Memory = "normal",
     ) -> None:
         super().__init__()
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 10 or depth % 6 != 4:
@@ -135,7 +138,7 @@ class WideResNet(torch.nn.Module):
         self._name = f"wide_resnet{depth}_{widen}"
         self.least_size = least_size(1 + stem_stride)
 
-        self.input_norm = nn.BatchNorm2d(in_channels) if input_norm else torch.nn.Identity()
+        self.input_norm = norm2d(in_channels, norm=input_norm)
         self.input_drop = dropout(check_keep("keep_input", keep_input))
         self.conv1 = torch.nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=not norm)
         channels = width
@@ -148,7 +151,8 @@ class WideResNet(torch.nn.Module):
                 layers.append(WideBlock(channels, filters, stride, keep=keep_hidden, norm=norm))
                 channels = filters
             self.add_module(name, torch.nn.Sequential(*layers))
-        self.bn1 = norm2d(channels, norm=norm, activation="relu")
+        self.bn1 = norm2d(channels, norm=norm)
+        self.relu = torch.nn.ReLU()
         self.avgpool = torch.nn.AdaptiveAvgPool2d(1)
         self.fc = torch.nn.Linear(channels, classes)
 
@@ -157,7 +161,7 @@ class WideResNet(torch.nn.Module):
             for module in self.modules():
                 if isinstance(module, WideBlock):
                     torch.nn.init.zeros_(module.conv2.weight)
-        set_layout(self, layout)
+        convert(self, layout=layout, memory=memory)
 
     @property
     def output(self) -> torch.nn.Linear:
@@ -169,48 +173,9 @@ class WideResNet(torch.nn.Module):
         x = self.conv1(self.input_drop(self.input_norm(x)))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
-        x = self.avgpool(self.bn1(x)).flatten(1)
+        x = self.avgpool(self.relu(self.bn1(x))).flatten(1)
         logits: Tensor = self.fc(x)
         return logits
 
 
-def wide_resnet(
-    depth: int = 28,
-    widen: int = 10,
-    classes: int = 10,
-    *,
-    in_channels: int = 3,
-    width: int = 16,
-    keep_input: float = 1.0,
-    keep_hidden: float = 1.0,
-    norm: bool = True,
-    input_norm: bool = False,
-    zero_init_last: bool = False,
-    stem_stride: int = 1,
-    layout: Layout = "auto",
-    memory: Memory = "normal",
-) -> WideResNet:
-    """Make a wide residual network. See :class:`WideResNet`.
-
-    ``memory="low"`` keeps less for backward, with the same gradients; see
-    :func:`normdrop.convert`.
-
-    Example:
-        >>> wide_resnet(10, 1, 10, in_channels=1, stem_stride=2).output
-        Linear(in_features=64, out_features=10, bias=True)
-    """
-    network = WideResNet(
-        depth,
-        widen,
-        classes,
-        in_channels=in_channels,
-        width=width,
-        keep_input=keep_input,
-        keep_hidden=keep_hidden,
-        norm=norm,
-        input_norm=input_norm,
-        zero_init_last=zero_init_last,
-        stem_stride=stem_stride,
-        layout=layout,
-    )
-    return with_memory(network, memory)
+wide_resnet = WideResNet
