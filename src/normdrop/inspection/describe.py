@@ -158,12 +158,23 @@ class _Run:
         first = _first_tensor(output)
         layer.output_shape = None if first is None else tuple(first.shape[1:])
 
-    def _normalize(self, norm: Any, x: Tensor, *arguments: Any) -> Any:
+    def _normalize(
+        self,
+        norm: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        keep: float = 1.0,
+    ) -> Any:
         """Do what fused code calls instead of the module: its normalization and what follows."""
         self._enter(norm, (x,))
+        added = "add" if residual is not None else None
+        dropped = "dropout" if keep < 1.0 else None
+        parts = (type(norm).__name__, added, activation, dropped)
+        self._at_work[-1].type = "+".join(filter(None, parts))
         y = None
         try:
-            y = type(norm).normalize(norm, x, *arguments)
+            y = type(norm).normalize(norm, x, residual, activation, keep)
         finally:
             self._leave(norm, (x,), y)
         return y

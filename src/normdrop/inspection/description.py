@@ -13,7 +13,7 @@ class Layer:
 
     Attributes:
         name: its name in the model, as in the state_dict; empty for the model itself.
-        type: its class, with the activation that it applies.
+        type: its class, with what it does in the same operator, such as ``BatchNorm2d+add+relu``.
         output_shape: shape of what it gives, in torch's order and without the batch; None where it
             did not run or gives no tensor.
         theta: number of its parameters Θ, besides γ and α.

@@ -76,7 +76,7 @@ class MLP(torch.nn.Module):
         self.input_drop = dropout(check_keep("keep_input", keep_input))
         layers: list[torch.nn.Module] = []
         for width, keep in zip(hidden, keeps, strict=True):
-            # Three places a layer, so that the parameters have the same names with and without norm.
+            # Three places a layer, so that a parameter has one name with and without norm and keep.
             relu = torch.nn.ReLU()
             layers += [
                 torch.nn.Linear(first, width, bias=not norm),

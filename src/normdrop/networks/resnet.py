@@ -97,10 +97,9 @@ class BasicBlock(torch.nn.Module):
         zero_last(self.bn2, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.relu1(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y = y + (x if self.downsample is None else self.downsample(x))
-        y = self.relu2(y)
+        a = self.relu1(self.bn1(self.conv1(x)))
+        a = self.bn2(self.conv2(a))
+        y: Tensor = self.relu2(a + (x if self.downsample is None else self.downsample(x)))
         return y
 
 
@@ -138,11 +137,10 @@ class Bottleneck(torch.nn.Module):
         zero_last(self.bn3, self.conv3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.relu1(self.bn1(self.conv1(x)))
-        y = self.relu2(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        y = y + (x if self.downsample is None else self.downsample(x))
-        y = self.relu3(y)
+        a = self.relu1(self.bn1(self.conv1(x)))
+        a = self.relu2(self.bn2(self.conv2(a)))
+        a = self.bn3(self.conv3(a))
+        y: Tensor = self.relu3(a + (x if self.downsample is None else self.downsample(x)))
         return y
 
 
