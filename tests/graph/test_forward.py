@@ -193,6 +193,66 @@ def test_copies_are_fused_and_stand_alone(copied, pair, images, fused_calls):
     assert not torch.equal(other(images), expected)
 
 
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "saved": saved,
+    "pickled": lambda m: pickle.loads(pickle.dumps(m)),
+    "shallow": copy.copy,
+    "deepcopy of a shallow copy": lambda m: copy.deepcopy(copy.copy(m)),
+    "a copy's copy": lambda m: copy.deepcopy(copy.deepcopy(m)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("tool", [normdrop.convert, normdrop.fold])
+def test_a_change_of_a_copy_that_was_never_called_counts(copied, change, tool, images):
+    original = Network().eval()
+    with torch.no_grad():
+        original.bn.running_var.uniform_(0.5, 2.0)
+    other = COPIES[copied](tool(copy.deepcopy(original)))
+    if tool is normdrop.fold and change == "norm":
+        change = "no_activation"  # a folded norm is gone
+    for model in (other, original):
+        CHANGES[change](model)
+        model.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(other(images), original(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_shallow_copy_runs_its_own_attributes_and_the_original_goes_on(pair, images):
+    converted, original = pair
+    other = copy.copy(converted)
+    other.active = False
+    check(converted, original, images)
+    original.active = False
+    check(other, original, images)
+
+
+class CopiesItself(Network):
+    """What a copy has is another thing than what it was copied from."""
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "active": False}
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickled"])
+def test_a_class_that_says_how_it_is_copied(copied, images):
+    original = CopiesItself()
+    check(
+        COPIES[copied](normdrop.convert(copy.deepcopy(original))), COPIES[copied](original), images
+    )
+
+
+def test_what_is_exchanged_and_cannot_be_pickled_is_no_hindrance(images):
+    model = Network()
+    model.hidden = lambda x: x
+    normdrop.convert(model)
+    model.hidden = None
+    other = pickle.loads(pickle.dumps(model))
+    assert torch.equal(other.eval()(images), model.eval()(images))
+
+
 def test_revert_of_a_part_leaves_the_rest_right(images, fused_calls):
     original = nn.Sequential(Network(), Network())
     converted = normdrop.convert(copy.deepcopy(original))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +28,8 @@ class FoldedForward(FusedForward):
     torch.jit.trace see.
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not is_plain_call():
-            return type(self.module).forward(self.module, *args, **kwargs)
-        return super().__call__(*args, **kwargs)
+    def may_run(self) -> bool:
+        return is_plain_call()
 
 
 def absorb(trace: Trace, convolutions: list[Node]) -> None:
@@ -57,9 +54,7 @@ def absorb(trace: Trace, convolutions: list[Node]) -> None:
     graph.lint()
     inside.pop(trace.root)
     codes = {trace.training: Code(graph)}
-    forward = FoldedForward(trace.root, trace.arguments, codes, list(inside), list(called), [])
-    vars(trace.root)["forward"] = forward
-    forward.prepare()
+    FoldedForward(trace.root, trace.arguments, codes, list(inside), list(called), []).install()
 
 
 def _spell_out(node: Node, module: torch.nn.Module, trace: Trace) -> None:

@@ -7,20 +7,22 @@ import inspect
 import operator
 import pickle
 import re
+import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph
 from torch.nn.modules.module import _has_any_global_hook
 
-from normdrop.graph.modules import CONSTANTS, has_hooks
+from normdrop.graph.modules import CONSTANTS, does_more, has_hooks, is_replaced
 from normdrop.graph.tracing import TENSOR
 
 __all__ = ["Code", "FusedForward"]
 
-_OWN = frozenset({*vars(torch.nn.Module()), "forward"})
+_OWN = frozenset({*vars(torch.nn.Module()), "forward", "_compiled_call_impl"})
 """Attributes that every module has."""
 
 _MISSING = object()
@@ -52,13 +54,25 @@ class Code:
         modules = {name: importlib.import_module(home) for name, home in state["modules"].items()}
         self.names = {**modules, **state["others"]}
 
-    def can_pickle(self) -> bool:
-        """Whether every name can be found again."""
-        try:
-            pickle.dumps(self.__getstate__())
-        except Exception:
-            return False
-        return True
+
+class Facts(NamedTuple):
+    """What fused code rests on. An owner is a module, another object, or a dictionary.
+
+    Attributes:
+        equal: (owner, name, value) of what must have an equal value.
+        same: (owner, name, value) of what must be the same object.
+        present: (children, name) of layers that may be exchanged, but not taken away.
+        lengths: (children, how many).
+        lists: (list, what is in it).
+        forwards: (module, the forward of its class).
+    """
+
+    equal: list[tuple[Any, str, Any]]
+    same: list[tuple[Any, str, Any]]
+    present: list[tuple[dict[str, Any], str]]
+    lengths: list[tuple[dict[str, Any], int]]
+    lists: list[tuple[list[Any], list[Any]]]
+    forwards: list[tuple[torch.nn.Module, Any]]
 
 
 class FusedForward:
@@ -66,10 +80,11 @@ class FusedForward:
 
     The code was traced for certain arguments, and for the modules that it looked into as they were
     then. It holds while those have no hooks and no forward of their own, the same attributes and
-    children, and the same training flag. Layers that it calls may be exchanged.
+    children, and the same training flag. Layers that it calls may be exchanged. A copy, however it
+    is made, takes with it what its code rests on.
 
     Args:
-        module: whose forward this is.
+        module: whose forward this is, as it is now.
         arguments: for each positional argument TENSOR or the constant that was traced.
         codes: by training flag.
         looked_into: modules whose forward is part of the code, without ``module``.
@@ -92,22 +107,40 @@ class FusedForward:
         self.looked_into = looked_into
         self.participants = participants
         self.fused = fused
-        self._facts: Any = None
-        self._functions: dict[bool, Callable[..., Any]] = {}
+        self.facts = Facts([], [], [], [], [], [])
+        self._functions: dict[bool, Callable[..., Any]] | None = None
+
+    def install(self) -> None:
+        """Make this the module's forward; the code rests on what is so now."""
+        vars(self.module)["forward"] = self
+        self.facts = self._facts()
+        self._functions = self._compiled()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        if self._facts is None:
-            if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
+            if self._functions is None:
                 # A copy that was never called. What is fused matters less once it is compiled.
                 return type(module).forward(module, *args, **kwargs)
-            self.prepare()
+        else:
+            module = self._called(sys._getframe(1).f_locals.get("self"))
+            if self._functions is None:
+                self._functions = self._compiled()
         run = self._functions.get(module.training)
-        if run is not None:
+        if run is not None and module is self.module and self.may_run():
             tensors = self._tensors(args, kwargs)
             if tensors is not None and self._holds(module.training):
                 return run(module, *tensors)
         return type(module).forward(module, *args, **kwargs)
+
+    def may_run(self) -> bool:
+        """Whether the code is for a call of this kind."""
+        return True
+
+    def _called(self, caller: Any) -> torch.nn.Module:
+        """The module that is called; shallow copies (copy.copy, DataParallel) share this object."""
+        is_copy = isinstance(caller, torch.nn.Module) and vars(caller).get("forward") is self
+        return caller if is_copy else self.module
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -124,45 +157,37 @@ class FusedForward:
     def __globals__(self) -> Any:
         return getattr(type(self.module).forward, "__globals__", {})
 
-    def prepare(self) -> None:
-        """Compile the code, and note the facts that it rests on."""
-        self._functions = {training: code.compiled() for training, code in self.codes.items()}
+    def _compiled(self) -> dict[bool, Callable[..., Any]]:
+        return {training: code.compiled() for training, code in self.codes.items()}
+
+    def _facts(self) -> Facts:
         code_of = [self.module, *self.looked_into]
         fixed = {id(module) for module in (*self.looked_into, *self.participants)}
-        attributes: list[tuple[dict[str, Any], str, Any]] = []
-        identities: list[tuple[dict[str, Any], str, Any]] = []
-        sequences: list[tuple[list[Any], list[Any]]] = []
+        forwards = [(module, type(module).forward) for module in (*code_of, *self.participants)]
+        facts = Facts([], [], [], [], [], forwards)
         seen: set[int] = set()
         for module in code_of:
             for name, value in vars(module).items():
                 if name in _OWN:
                     continue
                 if type(value) in CONSTANTS:
-                    attributes.append((vars(module), name, value))
+                    facts.equal.append((module, name, value))
                 else:
-                    identities.append((vars(module), name, value))
+                    facts.same.append((module, name, value))
                     if isinstance(value, list):
-                        sequences.append((value, list(value)))
-                    attributes += _inside(value, seen)
+                        facts.lists.append((value, list(value)))
+                    facts.equal.extend(_inside(value, seen))
+            children = module._modules
+            facts.lengths.append((children, len(children)))
+            for name, child in children.items():
+                if child is None or id(child) in fixed:
+                    facts.same.append((children, name, child))
+                else:
+                    facts.present.append((children, name))
         for module in self.participants:
-            attributes += [
-                (vars(module), name, value)
-                for name, value in vars(module).items()
-                if name == "negative_slope"
-            ]
-        children = [
-            (module._modules, name, child if child is None or id(child) in fixed else _MISSING)
-            for module in code_of
-            for name, child in module._modules.items()
-        ]
-        self._facts = (
-            [(module, type(module).forward) for module in (*code_of, *self.participants)],
-            attributes,
-            identities,
-            children,
-            [(module._modules, len(module._modules)) for module in code_of],
-            sequences,
-        )
+            if "negative_slope" in vars(module):
+                facts.equal.append((module, "negative_slope", module.negative_slope))
+        return facts
 
     def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         """The tensors to call the code with; None if the call is not as it was traced."""
@@ -193,54 +218,76 @@ class FusedForward:
         if _has_any_global_hook():
             return False
         for module in self.looked_into:
-            if module.training is not training:
-                return False
-        return self._is_unchanged()
-
-    def _is_unchanged(self) -> bool:
-        forwards, attributes, identities, children, lengths, sequences = self._facts
-        for module, forward in forwards:
-            if type(module).forward is not forward:
-                return False
-        for module in self.looked_into:
-            own = vars(module).get("forward")
-            if has_hooks(module) or not (own is None or type(own) is FusedForward):
+            if module.training is not training or has_hooks(module) or is_replaced(module):
                 return False
         for module in self.participants:
-            if has_hooks(module) or "forward" in vars(module):
+            if does_more(module):
                 return False
-        for where, name, value in attributes:
-            if where.get(name, _MISSING) != value:
+        return self.is_unchanged()
+
+    def is_unchanged(self) -> bool:
+        """Whether the facts are what they were."""
+        facts = self.facts
+        for module, forward in facts.forwards:
+            if type(module).forward is not forward:
                 return False
-        for where, name, value in identities:
-            if where.get(name, _MISSING) is not value:
+        for owner, name, value in facts.equal:
+            if _attributes(owner).get(name, _MISSING) != value:
                 return False
-        for where, name, child in children:
-            present = where.get(name)
-            if present is not child and (child is not _MISSING or present is None):
+        for owner, name, value in facts.same:
+            if _attributes(owner).get(name, _MISSING) is not value:
                 return False
-        for now, then in sequences:
+        for children, name in facts.present:
+            if children.get(name) is None:
+                return False
+        for now, then in facts.lists:
             if len(now) != len(then) or not all(map(operator.is_, now, then)):
                 return False
-        return all(len(where) == length for where, length in lengths)
+        return all(len(children) == length for children, length in facts.lengths)
 
     def __getstate__(self) -> dict[str, Any]:
-        codes = {training: code for training, code in self.codes.items() if code.can_pickle()}
-        if self._facts is not None and not self._is_unchanged():
-            # A copy notes the facts anew, where the code would then seem to hold.
-            codes = {}
-        return {**vars(self), "codes": codes, "_facts": None, "_functions": {}}
+        """What a copy takes along: no code where it would not know what the code rests on."""
+        owners = (owner for owner, _, _ in (*self.facts.equal, *self.facts.same))
+        may_copy = self.is_unchanged() and not any(map(_copies_itself, owners))
+        if may_copy and _can_pickle([forward for _, forward in self.facts.forwards]):
+            codes = {k: v for k, v in self.codes.items() if _can_pickle(v)}
+            return {**vars(self), "codes": codes, "_functions": None}
+        facts = Facts([], [], [], [], [], [])
+        return {**vars(self), "codes": {}, "facts": facts, "_functions": None}
 
     def __repr__(self) -> str:
         return f"<fused forward of {type(self.module).__name__}>"
 
 
-def _inside(value: Any, seen: set[int]) -> list[tuple[dict[str, Any], str, Any]]:
-    """The plain attributes of an object that a module holds, such as a configuration."""
+def _attributes(owner: Any) -> dict[str, Any]:
+    return owner if isinstance(owner, dict) else vars(owner)
+
+
+def _copies_itself(owner: Any) -> bool:
+    """Whether its class says how it is copied or pickled, so that a copy may have other parts."""
+    return any(
+        name in vars(kind)
+        for kind in type(owner).__mro__
+        if kind not in (object, dict, OrderedDict, torch.nn.Module)
+        for name in ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
+    )
+
+
+def _can_pickle(things: Any) -> bool:
+    """Whether every name in it can be found again."""
+    try:
+        pickle.dumps(things)
+    except Exception:
+        return False
+    return True
+
+
+def _inside(value: Any, seen: set[int]) -> list[tuple[Any, str, Any]]:
+    """The constants of an object that a module holds, such as a configuration."""
     if id(value) in seen or isinstance(value, (torch.Tensor, torch.nn.Module, type)):
         return []
     seen.add(id(value))
     inside = value if type(value) is dict else getattr(value, "__dict__", None)
     if not isinstance(inside, dict) or callable(value):
         return []
-    return [(inside, name, item) for name, item in inside.items() if type(item) in CONSTANTS]
+    return [(value, name, item) for name, item in inside.items() if type(item) in CONSTANTS]

@@ -25,24 +25,7 @@ from normdrop.graph.shortcuts import find_shortcuts
 from normdrop.graph.tracing import TENSOR, Call, Trace, Untraceable, looks_through, trace
 from normdrop.ops.reference import slope_of
 
-__all__ = ["Scope", "find", "fused_in", "inside_fused", "reasons_against", "remove"]
-
-
-@dataclass
-class Scope:
-    """A module in whose forward something can be fused."""
-
-    module: torch.nn.Module
-    forward: FusedForward
-
-    def fused(self) -> list[tuple[torch.nn.Module, str]]:
-        """The norms that are fused, with what."""
-        return self.forward.fused
-
-    def install(self) -> None:
-        """Give the module the fused forward."""
-        vars(self.module)["forward"] = self.forward
-        self.forward.prepare()
+__all__ = ["find", "fused_in", "inside_fused", "reasons_against", "remove"]
 
 
 @dataclass
@@ -62,12 +45,11 @@ class _Place:
     beside: set[torch.nn.Module] = field(default_factory=set)
 
 
-def find(model: torch.nn.Module) -> list[Scope]:
-    """All scopes of a model, which stays as it is."""
+def find(model: torch.nn.Module) -> list[FusedForward]:
+    """The forwards that scopes and shortcuts of a model are to get; it stays as it is."""
     search = _Search(model)
     built = [_build(module, place) for module, place in search.places.items()]
-    scopes = [scope for scope in built if scope is not None]
-    return scopes + [Scope(*shortcut) for shortcut in find_shortcuts(model)]
+    return [*filter(None, built), *find_shortcuts(model)]
 
 
 def reasons_against(model: torch.nn.Module) -> dict[int, str]:
@@ -203,7 +185,7 @@ def _can_be_scope(call: Call) -> bool:
     return call.arguments is not None and TENSOR in call.arguments
 
 
-def _build(module: torch.nn.Module, place: _Place) -> Scope | None:
+def _build(module: torch.nn.Module, place: _Place) -> FusedForward | None:
     codes: dict[bool, Code] = {}
     looked_into: dict[torch.nn.Module, None] = {}
     taking_part: dict[torch.nn.Module, None] = {}
@@ -221,10 +203,9 @@ def _build(module: torch.nn.Module, place: _Place) -> Scope | None:
     if not codes:
         return None
     looked_into.pop(module, None)
-    forward = FusedForward(
+    return FusedForward(
         module, place.arguments, codes, list(looked_into), list(taking_part), list(fused.items())
     )
-    return Scope(module, forward)
 
 
 def _patterns_of(

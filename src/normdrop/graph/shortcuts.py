@@ -22,15 +22,15 @@ from normdrop.ops.shortcut import padded_part
 __all__ = ["find_shortcuts"]
 
 
-def find_shortcuts(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, FusedForward]]:
-    """Those modules, each with the forward that it is to have."""
+def find_shortcuts(model: torch.nn.Module) -> Iterator[FusedForward]:
+    """The forwards that those modules are to get."""
     for module in model.modules():
         has_parts = bool(module._modules or module._parameters or module._buffers)
         if not has_parts and looks_through(module) and "forward" not in vars(module):
             codes = {training: _code(module, training) for training in (True, False)}
             found = {training: code for training, code in codes.items() if code is not None}
             if found:
-                yield module, FusedForward(module, (TENSOR,), found, [], [], [])
+                yield FusedForward(module, (TENSOR,), found, [], [], [])
 
 
 def _code(module: torch.nn.Module, training: bool) -> Code | None:

@@ -192,7 +192,9 @@ def _present(folder: Path, name: str) -> Path:
     """The path of a file without which a folder is no run's."""
     if (folder / name).is_file():
         return folder / name
-    what = f"has no {name}" if folder.is_dir() else "is a file" if folder.exists() else "is not there"
+    what = (
+        f"has no {name}" if folder.is_dir() else "is a file" if folder.exists() else "is not there"
+    )
     raise UserError(
         f"Expected a run folder, but {folder} {what}; "
         "give the folder that `normdrop train` wrote, such as runs/digits-resnet8-1"

@@ -100,8 +100,8 @@ def convert(
         # Whatever keeps a reference to the layer goes on meaning the same object.
         module.__class__ = CLASSES[type(module)]
         vars(module).update(_extras(module))
-    for scope in found:
-        scope.install()
+    for forward in found:
+        forward.install()
     return with_memory(model, memory)
 
 

@@ -12,6 +12,7 @@ import torch
 from normdrop import nn
 from normdrop.arguments import check_choice, check_flag, check_model
 from normdrop.graph import fusion
+from normdrop.graph.forward import FusedForward
 from normdrop.graph.modules import is_norm
 from normdrop.memory.low import Memory
 from normdrop.surgery.layout import Layout, weights_to_lay_out
@@ -136,7 +137,7 @@ def plan(
     check_choice("memory", memory, Memory)
     found = fusion.find(model) if fuse else []
     notes = _notes(model, layout, linear, memory, found)
-    fusible = {id(norm): text for scope in found for norm, text in scope.fused()}
+    fusible = {id(norm): text for forward in found for norm, text in forward.fused}
     against = fusion.reasons_against(model) if fuse else {}
     present = dict(fusion.fused_in(model))
     rows = []
@@ -171,10 +172,10 @@ def _notes(
     layout: Layout,
     linear: Products,
     memory: Memory,
-    found: list[fusion.Scope],
+    found: list[FusedForward],
 ) -> tuple[str, ...]:
     notes = []
-    shortcuts = [scope for scope in found if not scope.fused()]  # the others have a norm
+    shortcuts = [forward for forward in found if not forward.fused]  # the others have a norm
     if shortcuts:
         notes.append(f"shortcuts: {len(shortcuts)} that slice and pad become one call")
     if layout != "keep":
