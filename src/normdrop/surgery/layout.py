@@ -76,7 +76,7 @@ def weights_to_lay_out(model: torch.nn.Module, layout: Layout) -> list[torch.nn.
 
 def _is_faster(weight: torch.Tensor) -> bool:
     return (
-        weight.device.type == "cpu"
+        weight.device.type in ("cpu", "meta")  # a model without values is described as on the CPU
         and weight.dtype in _FAST
         and torch.backends.mkldnn.is_available()
     )
