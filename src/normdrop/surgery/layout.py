@@ -51,8 +51,13 @@ def set_layout(model: torch.nn.Module, layout: Layout) -> None:
         True
     """
     weights = weights_to_lay_out(model, layout)
-    for module in model.modules() if weights else ():
-        if type(module) is torch.nn.Conv2d and is_strided_point(module):
+    for module in model.modules() if layout != "keep" else ():
+        # A weight on the meta device gets its values, and perhaps this layout, later.
+        if (
+            type(module) is torch.nn.Conv2d
+            and is_strided_point(module)
+            and (weights or module.weight.is_meta)
+        ):
             module.__class__ = Conv2d
     for weight in weights:
         weight.data = weight.data.contiguous(memory_format=torch.channels_last)
@@ -76,7 +81,7 @@ def weights_to_lay_out(model: torch.nn.Module, layout: Layout) -> list[torch.nn.
 
 def _is_faster(weight: torch.Tensor) -> bool:
     return (
-        weight.device.type in ("cpu", "meta")  # a model without values is described as on the CPU
+        weight.device.type == "cpu"
         and weight.dtype in _FAST
         and torch.backends.mkldnn.is_available()
     )
