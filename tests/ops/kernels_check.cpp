@@ -1,12 +1,13 @@
-// Prints what the loops of dropout and the conversions in simd.h give, one line a case. Compiled
+// Prints what the loops of dropout and the conversions in lanes.h give, one line a case. Compiled
 // for two processors, it must print the same: test_build_neon.py.
 
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
+#include "base/lanes.h"
 #include "dropout/kernels.h"
-#include "base/simd.h"
+#include "mask/kernels.h"
 
 using namespace normdrop;
 using namespace normdrop::NORMDROP_ISA;
@@ -26,7 +27,7 @@ static void check_words() {
     for (const uint64_t threshold : kThresholds) {
       for (const uint64_t word : {uint64_t{0}, (uint64_t{1} << 29) - 3}) {
         uint64_t words[6];
-        NORMDROP_ISA::dropout_kernels.fill_words(make_keep_rule(seed, threshold), word, 6, words);
+        NORMDROP_ISA::mask_kernels.fill_words(make_keep_rule(seed, threshold), word, 6, words);
         printf("words");
         for (const uint64_t w : words) {
           printf(" %016llx", (unsigned long long)w);
@@ -57,7 +58,8 @@ static void check_loops(const char* name, DropoutType type, T (*make)(float)) {
           x.data(), y.data(), type, 1.25, is_affine ? 0.5 : 0.0, is_affine ? -1.75 : 0.0, false};
       std::vector<uint64_t> words(count / 64 + 2);
       const DropoutKernels& kernels = NORMDROP_ISA::dropout_kernels;
-      kernels.fill_words(rule, 0, count / 64 + 1, words.data());
+      const TransposedDropoutKernels& transposed = NORMDROP_ISA::transposed_dropout_kernels;
+      NORMDROP_ISA::mask_kernels.fill_words(rule, 0, count / 64 + 1, words.data());
       const auto print = [&](const char* loop) {
         printf("%s %s %d %llu %016llx\n", loop, name, is_affine, (unsigned long long)threshold,
                (unsigned long long)hash_of(y.data(), y.size() * sizeof(T)));
@@ -67,9 +69,9 @@ static void check_loops(const char* name, DropoutType type, T (*make)(float)) {
       print("contiguous");
       kernels.strided(work, words.data(), 0, dims, 3, 0, samples * positions);
       print("any order");
-      kernels.transposed(work, words.data(), 0, dims, 0, samples);
+      transposed.with_words(work, words.data(), 0, dims, 0, samples);
       print("any order");
-      kernels.transposed_blocks(work, rule, 0, dims, 0, samples * positions / kBlockPositions);
+      transposed.with_blocks(work, rule, 0, dims, 0, samples * positions / kBlockPositions);
       print("any order");
     }
   }

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "src" / "normdrop" / "csrc"
 CHECK = Path(__file__).parent / "kernels_check.cpp"
+LOOPS = ("dropout/dropout_kernels.cpp", "dropout/transposed_kernels.cpp", "mask/mask_kernels.cpp")
 CROSS = shutil.which("aarch64-linux-gnu-g++")
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 
@@ -71,14 +72,11 @@ def test_kernels_compile_for_arm_without_warnings(objects):
 @pytest.mark.skipif(QEMU is None, reason="no qemu-aarch64 is here")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler")
 def test_arm_gives_the_same_bits(objects, tmp_path):
-    parts = ["kernels_check", "dropout_kernels"]
+    parts = [CHECK, *(SOURCES / name for name in LOOPS)]
     for_arm = tmp_path / "check-arm"
-    arm_objects = [str(objects[part]) for part in parts]
+    arm_objects = [str(objects[part.stem]) for part in parts]
     subprocess.run([CROSS, "-static", *arm_objects, "-o", for_arm], check=True, timeout=600)
-    here = [
-        compile_for("c++", source, tmp_path / f"{source.stem}.o")
-        for source in (CHECK, SOURCES / "dropout" / "dropout_kernels.cpp")
-    ]
+    here = [compile_for("c++", source, tmp_path / f"{source.stem}.o") for source in parts]
     subprocess.run(["c++", *here, "-o", tmp_path / "check"], check=True, timeout=600)
 
     def lines(*command: str | Path) -> list[str]:

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "base/layout.h"
+#include "base/tensors.h"
 
 namespace normdrop {
 

@@ -1,5 +1,5 @@
-// Batch normalization: the two operators. What is prepared for both is in work.h; the
-// loops and their algebra are in rows_kernels.cpp and columns_kernels.cpp.
+// Batch normalization: the two operators. What is prepared for both is in work.h and rows.h;
+// the loops and their algebra are in rows_kernels.cpp and columns_kernels.cpp.
 //
 // Statistics come from partial sums over blocks that depend on the shape alone, merged in a fixed
 // order in double. So the result has the same bits for any number of threads.
@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "batch_norm/work.h"
+#include "batch_norm/rows.h"
 
 namespace normdrop {
 namespace {
@@ -59,63 +59,18 @@ void settle(const Work& work, int64_t c) {
 
 void forward_rows(const Work& work, bool training) {
   const auto& kernels = batch_norm_rows();
-  const Layout& x = work.x;
-  const BatchNormArgs& args = work.args;
-  const DataType type = work.type;
-  const RowPlan plan(x);
-  const int64_t elements = work.elements_of_x();
-  const auto statistics = [&](int64_t t, int64_t g, Moments* result) {
-    const int64_t c0 = t * plan.tile;
-    kernels.statistics[type](args, c0, std::min(c0 + plan.tile, x.channels), g * kGroupBlocks,
-                             std::min((g + 1) * kGroupBlocks, plan.blocks.count), result);
-  };
-  // result is (groups, tile).
-  const auto settle_tile = [&](int64_t t, const Moments* result) {
-    const int64_t c0 = t * plan.tile, c1 = std::min(c0 + plan.tile, x.channels);
-    for (int64_t c = c0; c < c1; ++c) {
-      Merged merged;
-      for (int64_t g = 0; g < plan.groups; ++g) {
-        merged.add(result[g * plan.tile + c - c0]);
-      }
-      work.channels.mean[c] = merged.mean();
-      work.channels.var[c] = merged.var();
-      settle(work, c);
-    }
-    work.set_forward(c0, c1);
-  };
-  const bool is_whole = training && plan.one_task_a_tile();
-  const bool draws = work.tiles_draw(is_whole, plan.tile);
-  if (is_whole) {
-    parallel_tasks(plan.tiles, elements, [&](int64_t t) {
-      std::vector<Moments> parts(static_cast<size_t>(plan.groups * plan.tile));
-      for (int64_t g = 0; g < plan.groups; ++g) {
-        statistics(t, g, parts.data() + g * plan.tile);
-      }
-      settle_tile(t, parts.data());
-      const int64_t c0 = t * plan.tile, c1 = std::min(c0 + plan.tile, x.channels);
-      if (draws) {
-        work.draw_tile(c0, c1);
-      }
-      kernels.normalize[type](args, 0, x.outer, c0, c1, 0, x.inner);
-    });
-    return;
-  }
-  if (training) {
-    const int64_t size = plan.groups * plan.tile;
-    std::vector<Moments> parts(static_cast<size_t>(plan.tiles * size));
-    parallel_tasks(plan.tiles * plan.groups, elements, [&](int64_t i) {
-      const int64_t t = i / plan.groups, g = i % plan.groups;
-      statistics(t, g, parts.data() + t * size + g * plan.tile);
-    });
-    for (int64_t t = 0; t < plan.tiles; ++t) {
-      settle_tile(t, parts.data() + t * size);
-    }
-  } else {
-    work.set_forward(0, x.channels);
-  }
-  plan.for_pieces(x, [&](int64_t o0, int64_t o1, int64_t c0, int64_t c1, int64_t i0, int64_t i1) {
-    kernels.normalize[type](args, o0, o1, c0, c1, i0, i1);
-  });
+  run_rows<Moments>(
+      work, training ? kernels.statistics[work.type] : nullptr, kernels.normalize[work.type],
+      [&](int64_t c, const Moments* parts, int64_t step, int64_t count) {
+        Merged merged;
+        for (int64_t g = 0; g < count; ++g) {
+          merged.add(parts[g * step]);
+        }
+        work.channels.mean[c] = merged.mean();
+        work.channels.var[c] = merged.var();
+        settle(work, c);
+      },
+      [&](int64_t c0, int64_t c1) { work.set_forward(c0, c1); });
 }
 
 void forward_columns(const Work& work, bool training) {
@@ -195,63 +150,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
 
 void backward_rows(const Work& work, bool want_sums, bool want_x) {
   const auto& kernels = batch_norm_rows();
-  const Layout& x = work.x;
-  const BatchNormArgs& args = work.args;
-  const DataType type = work.type;
-  const RowPlan plan(x);
-  const int64_t elements = work.elements_of_x();
-  const auto sum = [&](int64_t t, int64_t g, GradientSums* result) {
-    const int64_t c0 = t * plan.tile;
-    kernels.gradient_sums[type](args, c0, std::min(c0 + plan.tile, x.channels), g * kGroupBlocks,
-                                std::min((g + 1) * kGroupBlocks, plan.blocks.count), result);
-  };
-  const auto settle_tile = [&](int64_t t, const GradientSums* result) {
-    const int64_t c0 = t * plan.tile, c1 = std::min(c0 + plan.tile, x.channels);
-    for (int64_t c = c0; c < c1; ++c) {
-      for (int64_t g = 0; g < plan.groups; ++g) {
-        work.first[c] += result[g * plan.tile + c - c0].g;
-        work.second[c] += result[g * plan.tile + c - c0].gx;
-      }
-    }
-    work.set_backward(c0, c1);
-  };
-  const bool is_whole = want_sums && plan.one_task_a_tile();
-  const bool draws = work.tiles_draw(is_whole, plan.tile);
-  if (is_whole) {
-    parallel_tasks(plan.tiles, elements, [&](int64_t t) {
-      const int64_t c0 = t * plan.tile, c1 = std::min(c0 + plan.tile, x.channels);
-      if (draws) {
-        work.draw_tile(c0, c1);
-      }
-      std::vector<GradientSums> parts(static_cast<size_t>(plan.groups * plan.tile));
-      for (int64_t g = 0; g < plan.groups; ++g) {
-        sum(t, g, parts.data() + g * plan.tile);
-      }
-      settle_tile(t, parts.data());
-      if (want_x) {
-        kernels.gradients[type](args, 0, x.outer, c0, c1, 0, x.inner);
-      }
-    });
-    return;
-  }
-  if (want_sums) {
-    const int64_t size = plan.groups * plan.tile;
-    std::vector<GradientSums> parts(static_cast<size_t>(plan.tiles * size));
-    parallel_tasks(plan.tiles * plan.groups, elements, [&](int64_t i) {
-      const int64_t t = i / plan.groups, g = i % plan.groups;
-      sum(t, g, parts.data() + t * size + g * plan.tile);
-    });
-    for (int64_t t = 0; t < plan.tiles; ++t) {
-      settle_tile(t, parts.data() + t * size);
-    }
-  } else {
-    work.set_backward(0, x.channels);
-  }
-  if (want_x) {
-    plan.for_pieces(x, [&](int64_t o0, int64_t o1, int64_t c0, int64_t c1, int64_t i0, int64_t i1) {
-      kernels.gradients[type](args, o0, o1, c0, c1, i0, i1);
-    });
-  }
+  run_rows<GradientSums>(
+      work, want_sums ? kernels.gradient_sums[work.type] : nullptr,
+      want_x ? kernels.gradients[work.type] : nullptr,
+      [&](int64_t c, const GradientSums* parts, int64_t step, int64_t count) {
+        for (int64_t g = 0; g < count; ++g) {
+          work.first[c] += parts[g * step].g;
+          work.second[c] += parts[g * step].gx;
+        }
+      },
+      [&](int64_t c0, int64_t c1) { work.set_backward(c0, c1); });
 }
 
 void backward_columns(const Work& work, bool want_sums, bool want_x) {

@@ -22,7 +22,7 @@
 
 #include "batch_norm/kernels.h"
 
-#include "base/simd.h"
+#include "base/lanes.h"
 
 namespace normdrop::NORMDROP_ISA {
 namespace {

@@ -1,12 +1,10 @@
-// What both operators of batch normalization prepare: the tasks, the constants, the scratch memory.
+// What both operators of batch normalization prepare: the constants, the scratch memory, and the
+// tasks of columns (inner = 1); those of rows are in rows.h.
 //
-//   rows (inner > 1): a task is a few channels, both passes, the second from the last sample to
-//     the first, so that it begins with what is still in the cache. Where there are fewer channels
-//     than threads, the passes are separate tasks over blocks and rows, with the same sums.
-//   columns (inner = 1): a task is a chunk of rows; all partial sums are merged between the passes.
-//     Narrow matrices are folded: k rows of C channels are seen as one row of k*C, at least 512,
-//     so that what a row costs by itself does not count. The partial sums of such a chunk are k,
-//     of as many elements each; which ones is the kernel's choice.
+// A task is a chunk of rows of columns; all partial sums are merged between the passes. Narrow
+// matrices are folded: k rows of C channels are seen as one row of k*C, at least 512, so that what
+// a row costs by itself does not count. The partial sums of such a chunk are k, of as many elements
+// each; which ones is the kernel's choice.
 
 #pragma once
 
@@ -17,16 +15,13 @@
 #include <optional>
 #include <type_traits>
 
-#include "base/layout.h"
+#include "base/parallel.h"
 #include "base/scratch.h"
 #include "base/vectors.h"
 #include "batch_norm/kernels.h"
 #include "mask/mask.h"
 
 namespace normdrop {
-
-constexpr int64_t kGroupBlocks = 16;      // blocks of a channel that one task sums
-constexpr int64_t kTaskElements = 65536;  // of an elementwise pass
 
 // ---- Tensors -----------------------------------------------------------------------------------
 
@@ -83,41 +78,7 @@ inline std::optional<Mask> mask_of(const Tensor& x, const std::optional<Tensor>&
   return Mask(x, *seed, threshold, sample_offset);
 }
 
-// ---- Plans: what the tasks are -----------------------------------------------------------------
-
-struct RowPlan {
-  RowBlocks blocks;
-  int64_t tile;  // channels of a task, so that short rows are read in runs of some length
-  int64_t tiles;
-  int64_t groups;  // of kGroupBlocks blocks
-
-  explicit RowPlan(const Layout& x) : blocks(row_blocks(x.outer, x.inner)) {
-    tile = std::min<int64_t>(std::max<int64_t>(1, 1024 / x.inner), x.channels);
-    tiles = (x.channels + tile - 1) / tile;
-    groups = (blocks.count + kGroupBlocks - 1) / kGroupBlocks;
-  }
-
-  bool one_task_a_tile() const {
-    return groups == 1 || tiles >= 2 * static_cast<int64_t>(torch::stable::get_num_threads());
-  }
-
-  // Elementwise over all rows, the last first.
-  template <class Run>
-  void for_pieces(const Layout& x, const Run& run) const {
-    const int64_t piece = std::min(x.inner, kTaskElements);
-    const int64_t pieces = (x.inner + piece - 1) / piece;
-    const int64_t width = std::min(std::max<int64_t>(kTaskElements / x.inner, 1), x.channels);
-    const int64_t widths = (x.channels + width - 1) / width;
-    const int64_t tasks = x.outer * widths * pieces;
-    parallel_tasks(tasks, x.outer * x.channels * x.inner, [&](int64_t i) {
-      const int64_t task = tasks - 1 - i;
-      const int64_t o = task / (widths * pieces);
-      const int64_t c = task / pieces % widths * width;
-      const int64_t at = task % pieces * piece;
-      run(o, o + 1, c, std::min(c + width, x.channels), at, std::min(at + piece, x.inner));
-    });
-  }
-};
+// ---- Work --------------------------------------------------------------------------------------
 
 struct ColumnPlan {
   int64_t fold, rows, rest;  // rows of fold * channels columns; rest rows of channels columns

@@ -1,5 +1,5 @@
 // Dropout: checks, the order in which memory is walked, and registration. The loops are in
-// dropout_kernels.cpp, the generator in mask/random.h.
+// dropout_kernels.cpp and transposed_kernels.cpp, the generator in mask/random.h.
 //
 // The mask is defined on the input's logical (row-major) index. Memory is walked in the output's
 // own order: dimensions are sorted by stride and joined where they lie one after the other, each
@@ -16,6 +16,8 @@
 #include <algorithm>
 #include <memory>
 #include <vector>
+
+#include "mask/kernels.h"
 
 namespace normdrop {
 namespace {
@@ -146,7 +148,7 @@ void run(const Tensor& x, const Tensor& y, const Tensor& seed, int64_t threshold
     const int64_t units = dims[0].size * dims[1].size / kBlockPositions;
     const int64_t grain = std::max<int64_t>(1, kGrain / (kBlockPositions * inner.size));
     torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-      kernels.transposed_blocks(work, rule, first, dims.data(), begin, end);
+      transposed_dropout_kernels().with_blocks(work, rule, first, dims.data(), begin, end);
     });
     return;
   }
@@ -155,7 +157,8 @@ void run(const Tensor& x, const Tensor& y, const Tensor& seed, int64_t threshold
   const std::unique_ptr<uint64_t[]> words(new uint64_t[word_count + 1]);
   words[word_count] = 0;
   torch::stable::parallel_for(0, word_count, kGrain / 32, [&](int64_t begin, int64_t end) {
-    kernels.fill_words(rule, (first >> 6) + (uint64_t)begin, end - begin, words.get() + begin);
+    mask_kernels().fill_words(rule, (first >> 6) + (uint64_t)begin, end - begin,
+                              words.get() + begin);
   });
   const int64_t offset = (int64_t)(first & 63);
 
@@ -163,7 +166,7 @@ void run(const Tensor& x, const Tensor& y, const Tensor& seed, int64_t threshold
     const int64_t tiles = (dims[1].size + kTransposedTile - 1) / kTransposedTile;
     const int64_t grain = std::max<int64_t>(1, kGrain / (kTransposedTile * inner.size));
     torch::stable::parallel_for(0, dims[0].size * tiles, grain, [&](int64_t begin, int64_t end) {
-      kernels.transposed(work, words.get(), offset, dims.data(), begin, end);
+      transposed_dropout_kernels().with_words(work, words.get(), offset, dims.data(), begin, end);
     });
     return;
   }

@@ -1,4 +1,4 @@
-// The loops of dropout, one table an instruction set. See dropout_kernels.cpp.
+// The loops of dropout, one table an instruction set. See loops.h.
 
 #pragma once
 
@@ -26,8 +26,6 @@ struct DropoutDim {
 };
 
 struct DropoutKernels {
-  // Words first_word ... first_word + count - 1 of the mask.
-  void (*fill_words)(const KeepRule&, uint64_t first_word, int64_t count, uint64_t* words);
   // Memory in the mask's order: element j is mask element first + j. Works on those elements that
   // lie in the words begin ... end - 1, counted from first's.
   void (*contiguous)(const DropoutWork&, const KeepRule&, uint64_t first, int64_t count,
@@ -36,26 +34,26 @@ struct DropoutKernels {
   // rows begin ... end - 1 of the innermost dimension, or on pieces of kStridedPiece of it.
   void (*strided)(const DropoutWork&, const uint64_t* words, int64_t offset, const DropoutDim* dims,
                   int ndim, int64_t begin, int64_t end);
+};
+
+// Channels beside each other.
+struct TransposedDropoutKernels {
   // As strided, for dims = (outer, middle, inner) where the mask's order is middle fastest
   // (channels_last: samples, positions, channels). Works on units begin ... end - 1, each of
   // kTransposedTile positions of one outer index.
-  void (*transposed)(const DropoutWork&, const uint64_t* words, int64_t offset,
+  void (*with_words)(const DropoutWork&, const uint64_t* words, int64_t offset,
                      const DropoutDim* dims, int64_t begin, int64_t end);
-  // As transposed, with the mask drawn where it is used instead of read from words. first and the
+  // The same with the mask drawn where it is used instead of read from words. first and the
   // mask's steps of outer and inner are multiples of 8, the size of middle as well, and the numbers
   // of all blocks have the same high half. Units have kBlockPositions positions.
-  void (*transposed_blocks)(const DropoutWork&, const KeepRule&, uint64_t first,
-                            const DropoutDim* dims, int64_t begin, int64_t end);
-  // The mask's bits for channels_last: unit number u, of kBlockPositions positions, begins with bit
-  // 8 * channels * u. The conditions of transposed_blocks hold, and channels is a multiple of 8.
-  void (*transposed_bits)(const KeepRule&, uint64_t first, int64_t channels, int64_t positions,
-                          int64_t begin, int64_t end, uint8_t* bits);
+  void (*with_blocks)(const DropoutWork&, const KeepRule&, uint64_t first, const DropoutDim* dims,
+                      int64_t begin, int64_t end);
 };
 
-constexpr int64_t kBlockPositions = 8;
 constexpr int64_t kStridedPiece = 4096;
 constexpr int64_t kTransposedTile = 32;
 
 NORMDROP_KERNEL_TABLE(DropoutKernels, dropout_kernels)
+NORMDROP_KERNEL_TABLE(TransposedDropoutKernels, transposed_dropout_kernels)
 
 }  // namespace normdrop

@@ -12,7 +12,8 @@
 
 #include <cstring>
 
-#include "dropout/kernels.h"
+#include "base/parallel.h"
+#include "mask/kernels.h"
 
 namespace normdrop {
 namespace {
@@ -104,11 +105,11 @@ const uint8_t* Mask::bits() const {
 void Mask::draw(int64_t begin, int64_t end) const {
   if (transposed_) {
     const int64_t unit = 8 * channels_;
-    dropout_kernels().transposed_bits(rule_, first_, channels_, positions_, begin / unit,
-                                      (end + unit - 1) / unit, reinterpret_cast<uint8_t*>(words_));
+    mask_kernels().transposed_bits(rule_, first_, channels_, positions_, begin / unit,
+                                   (end + unit - 1) / unit, reinterpret_cast<uint8_t*>(words_));
   } else {
-    dropout_kernels().fill_words(rule_, (first_ + static_cast<uint64_t>(begin)) >> 6,
-                                 (end - begin + 63) / 64, words_ + begin / 64);
+    mask_kernels().fill_words(rule_, (first_ + static_cast<uint64_t>(begin)) >> 6,
+                              (end - begin + 63) / 64, words_ + begin / 64);
   }
 }
 
@@ -122,8 +123,8 @@ void Mask::draw_all() const {
   }
   const int64_t words = own_words();
   torch::stable::parallel_for(0, words, kGrain / 64, [&](int64_t begin, int64_t end) {
-    dropout_kernels().fill_words(rule_, (first_ >> 6) + static_cast<uint64_t>(begin), end - begin,
-                                 words_ + begin);
+    mask_kernels().fill_words(rule_, (first_ >> 6) + static_cast<uint64_t>(begin), end - begin,
+                              words_ + begin);
   });
   if (!transposed_) {
     return;

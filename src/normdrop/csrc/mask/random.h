@@ -17,6 +17,7 @@
 
 namespace normdrop {
 
+constexpr int64_t kBlockPositions = 8;  // elements of a block
 constexpr int kPhiloxRounds = 7;
 constexpr uint32_t kPhiloxFactor0 = 0xD2511F53, kPhiloxFactor1 = 0xCD9E8D57;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9, kPhiloxWeyl1 = 0xBB67AE85;
