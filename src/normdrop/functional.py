@@ -5,16 +5,16 @@ They check what was given and call the operators in :mod:`normdrop.ops`.
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from normdrop.ops import batch_norm as _batch_norm
 from normdrop.ops import dropout as _dropout
-from normdrop.ops.reference import ACTIVATIONS, slope_of
+from normdrop.ops.activations import activation_of
+from normdrop.ops.batch_norm import Affine, Drop, Statistics
+from normdrop.ops.batch_norm import batch_norm as _batch_norm
 
 __all__ = [
     "alpha_dropout",
@@ -31,19 +31,10 @@ NONFINITE = ("propagate", "skip", "raise")
 
 Scaling = Literal["train", "test"]
 
-_NAMES = (None, "relu", "leaky_relu", "silu")
-
 
 def check_activation(activation: str | None) -> str | None:
     """The activation's name, if there is one of that name."""
-    if activation in _NAMES:
-        return activation
-    slope = slope_of(activation) if isinstance(activation, str) else None
-    if slope is None or not math.isfinite(slope):
-        raise ValueError(
-            f"batch_norm: activation must be None or one of {', '.join(ACTIVATIONS)}, "
-            f"got {activation!r}"
-        )
+    activation_of(activation)
     return activation
 
 
@@ -137,28 +128,15 @@ def batch_norm(
             f"batch_norm: residual must have the input's shape {tuple(input.shape)}, "
             f"got {tuple(residual.shape)}"
         )
-    mask_seed = None
+    drop = None
     if keep != 1.0:
         if not 0.0 < keep <= 1.0:
             raise ValueError(f"batch_norm: keep must be in (0, 1], got {keep}")
-        if training:
-            mask_seed = _dropout.make_seed(input, seed)
-    return _batch_norm.batch_norm(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        residual,
-        activation,
-        keep if training else 1.0,
-        mask_seed,
-        sample_offset,
-        nonfinite,
-    )
+        if sample_offset < 0:
+            raise ValueError(f"batch_norm: sample_offset must not be negative, got {sample_offset}")
+        drop = Drop(keep, seed, sample_offset) if training else None
+    statistics = Statistics(running_mean, running_var, training, momentum, nonfinite)
+    return _batch_norm(input, statistics, Affine(weight, bias), eps, residual, activation, drop)
 
 
 def _check_probability(p: float) -> None:

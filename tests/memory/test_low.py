@@ -22,11 +22,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def small_tensors_take_the_kernel(monkeypatch):
-    monkeypatch.setattr(batch_norm, "_SMALL", 0)
-
-
 class Alive(TorchDispatchMode):
     """Counts the bytes of all storages that operators made and that are not freed yet."""
 

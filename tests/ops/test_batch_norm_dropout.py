@@ -16,7 +16,7 @@ from torch import Tensor
 from normdrop import has_kernels
 from normdrop.functional import batch_norm, dropout
 from normdrop.ops import batch_norm as ops
-from normdrop.ops import reference
+from normdrop.ops.activations import activation_of
 
 of_the_kernel = pytest.mark.skipif(not has_kernels(), reason="there is no kernel")
 
@@ -53,13 +53,11 @@ def mask_of(
     return dropout(torch.ones(shape), keep=keep, seed=seed, sample_offset=sample_offset) != 0
 
 
-def in_kernel(x: Tensor, *vectors: Any, residual: Any = None, activation: Any = None) -> Tensor:
-    """The kernel's way for tensors of any size."""
-    weight, bias = vectors or (None, None)
-    drop = (torch.tensor(11), reference.keep_threshold(KEEP), 1 / KEEP, 2)
-    return ops.kernel_or_plain(
-        x, None, None, weight, bias, True, 0.1, 1e-5, residual, activation, "propagate", drop
-    )
+def dropped(x: Tensor, *vectors: Any, residual: Any = None, activation: Any = None) -> Tensor:
+    """Seed 11, for a shard that begins with the third sample."""
+    options = {"residual": residual, "activation": activation}
+    drop = {"keep": KEEP, "seed": 11, "sample_offset": 2}
+    return batch_norm(x, None, None, *vectors, training=True, **options, **drop)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
@@ -83,13 +81,13 @@ def test_batch_norm_dropout_mask_values_and_gradients(shape, dtype, layout):
         residual = torch.randn(shape).to(dtype).requires_grad_() if with_residual else None
         grad = torch.randn(shape).to(dtype)
         inputs = [t for t in (x, weight, bias, residual) if t is not None]
-        y = in_kernel(x, weight, bias, residual=residual, activation=activation)
+        y = dropped(x, weight, bias, residual=residual, activation=activation)
         grads = torch.autograd.grad(y, inputs, grad)
 
         doubles = [t.detach().double().requires_grad_() for t in inputs]
         z = torch.nn.functional.batch_norm(doubles[0], None, None, *doubles[1:3], True)
         z = z + doubles[3] if with_residual else z
-        slope = reference.slope_of(activation)
+        slope = activation_of(activation).slope
         wanted = torch.where(mask, torch.where(z > 0, z, slope * z) / KEEP, 0.0)
         wanted_grads = torch.autograd.grad(wanted, doubles, grad.double())
 
@@ -154,14 +152,11 @@ def test_batch_norm_dropout_has_the_same_bits_for_any_number_of_threads(shape, l
 @pytest.mark.parametrize("shape", [(8, 16, 28, 28), (9, 33, 7, 7), (600, 71), (40, 12, 50)])
 @pytest.mark.parametrize("start", [1, 3])
 def test_batch_norm_dropout_of_a_shard_is_that_of_the_whole(shape, layout, start):
-    statistics = torch.zeros(shape[1]), torch.ones(shape[1])
+    statistics = ops.Statistics(torch.zeros(shape[1]), torch.ones(shape[1]), training=False)
     whole = arrange(torch.rand(shape) + 1, layout)
     shard = arrange(whole[start:].clone(), layout)
-    drop = (torch.tensor(9), reference.keep_threshold(0.4), 2.5)
     one, two = (
-        ops.kernel_or_plain(
-            x, *statistics, None, None, False, 0.1, 1e-5, None, None, "propagate", (*drop, offset)
-        )
+        ops.batch_norm(x, statistics, ops.Affine(), 1e-5, drop=ops.Drop(0.4, 9, offset))
         for x, offset in ((whole, 0), (shard, start))
     )
     assert torch.equal(one[start:] != 0, two != 0)
@@ -213,13 +208,11 @@ def test_batch_norm_dropout_gradcheck(activation):
         ]
 
         def run(x, weight, bias, residual):
-            return in_kernel(x, weight, bias, residual=residual, activation=activation)
+            return dropped(x, weight, bias, residual=residual, activation=activation)
 
         assert torch.autograd.gradcheck(run, tensors)
         assert torch.autograd.gradgradcheck(run, tensors)
-        assert torch.autograd.gradgradcheck(
-            lambda x: in_kernel(x, activation=activation), tensors[0]
-        )
+        assert torch.autograd.gradgradcheck(lambda x: dropped(x, activation=activation), tensors[0])
 
 
 @pytest.mark.parametrize("need", ["x", "weight", "bias", "residual"])
@@ -230,7 +223,7 @@ def test_batch_norm_dropout_gradient_of_one_input(need):
 
     def run():
         vectors = tensors["weight"], tensors["bias"]
-        return in_kernel(tensors["x"], *vectors, residual=tensors["residual"])
+        return dropped(tensors["x"], *vectors, residual=tensors["residual"])
 
     grad = torch.randn(size)
     for tensor in tensors.values():
@@ -412,8 +405,6 @@ def test_batch_norm_dropout_any_shape_and_layout(data):
     offset = data.draw(st.integers(0, 70))
     x = arrange(torch.randn(shape).to(dtype), layout)
     bias = torch.full((shape[1],), 99.0, dtype=torch.promote_types(dtype, torch.float32))
-    drop = (torch.tensor(6), reference.keep_threshold(0.5), 2.0, offset)
-    y = ops.kernel_or_plain(
-        x, None, None, None, bias, True, 0.1, 1e-3, None, None, "propagate", drop
-    )
+    drop = {"keep": 0.5, "seed": 6, "sample_offset": offset}
+    y = batch_norm(x, None, None, None, bias, True, 0.1, 1e-3, **drop)
     assert torch.equal(y != 0, mask_of(tuple(shape), seed=6, sample_offset=offset, keep=0.5))

@@ -123,20 +123,32 @@ def test_compiled_module_in_training_and_evaluation():
 
 
 class Drops(nn.Module):
+    def __init__(self, drop):
+        super().__init__()
+        self.drop = drop
+
     def forward(self, x):
-        return functional.dropout(x) + functional.dropout(x)
+        return self.drop(x) + self.drop(x)
 
 
-def test_exported_masks_are_those_of_eager_mode():
-    x = torch.randn(3, 50)
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_dropout_is_torchs_and_draws_anew(strict):
+    x = torch.ones(3, 50)
+    batch = ({0: torch.export.Dim("batch", min=2)},)
     program = torch.export.export(
-        Drops(), (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)
+        Drops(functional.dropout), (x,), dynamic_shapes=batch, strict=strict
     )
-    y = torch.randn(7, 50)
-    torch.manual_seed(2)
-    expected = Drops()(y)
-    torch.manual_seed(2)
-    assert torch.equal(program.module()(y), expected)
+    z = program.module()(torch.ones(300, 50))
+    assert sorted(z.unique().tolist()) == [0.0, 2.0, 4.0]  # two masks, and each was drawn
+    assert (z == 2.0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_mask_of_a_seed_is_that_of_eager_mode(strict):
+    drop = Drops(lambda x: functional.dropout(x, 0.3, seed=4, sample_offset=1, shared_dims=(2,)))
+    x = torch.randn(3, 50, 2)
+    program = torch.export.export(drop, (x,), strict=strict)
+    assert torch.equal(program.module()(x), drop(x))
 
 
 def test_exported_evaluation_has_no_dropout():

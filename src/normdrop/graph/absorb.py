@@ -16,7 +16,7 @@ from normdrop.graph.nodes import gives_new_tensor
 from normdrop.graph.patterns import find_patterns, rewrite
 from normdrop.graph.tracing import Trace
 from normdrop.nn.add_activate import AddActivate
-from normdrop.ops.reference import slope_of
+from normdrop.ops.activations import slope_of
 
 __all__ = ["FoldedForward", "absorb"]
 

@@ -9,11 +9,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from normdrop.graph.norm import add
 from normdrop.nn.conv2d import Conv2d
-from normdrop.ops import reference
+from normdrop.ops import context
+from normdrop.ops.activations import slope_of
 
 __all__ = ["activation_of", "as_given", "can_activate", "convolution", "is_plain_call"]
 
@@ -40,7 +40,7 @@ def activation_of(name: str) -> _Activation:
         >>> activation_of("leaky_relu(0.2)")[:2]
         ('leaky_relu', [0.2])
     """
-    slope = None if name in _ACTIVATIONS else reference.slope_of(name)
+    slope = None if name in _ACTIVATIONS else slope_of(name)
     if slope is None:
         return _ACTIVATIONS[name]
     return "leaky_relu", [slope], lambda y: F.leaky_relu(y, slope, inplace=True)
@@ -48,7 +48,7 @@ def activation_of(name: str) -> _Activation:
 
 def can_activate(name: str) -> bool:
     """Whether oneDNN's convolutions apply the activation."""
-    return name in _ACTIVATIONS or reference.slope_of(name) is not None
+    return name in _ACTIVATIONS or slope_of(name) is not None
 
 
 _SHAPES = 2
@@ -70,14 +70,10 @@ _HAS_OPERATORS = (
 
 def is_plain_call() -> bool:
     """Whether tensors are what they seem: nothing compiles, traces, transforms or casts."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack()
-        or not torch.backends.mkldnn.enabled
+    return (
+        context.is_plain()
+        and not torch.is_autocast_enabled("cpu")
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 

@@ -23,7 +23,7 @@ from normdrop.graph.patterns import Pattern, find_patterns, path_of, rewrite
 from normdrop.graph.scopes import find_traces
 from normdrop.graph.shortcuts import find_shortcuts
 from normdrop.graph.tracing import TENSOR, Call, Trace, Untraceable, looks_through, trace
-from normdrop.ops.reference import slope_of
+from normdrop.ops.activations import slope_of
 
 __all__ = ["find", "fused_in", "inside_fused", "reasons_against", "remove"]
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from normdrop import nn
-from normdrop.ops import reference
+from normdrop.ops.activations import activation_of
 
 __all__ = ["add", "batch_norm"]
 
@@ -38,7 +38,7 @@ def batch_norm(
             return cast(Tensor, y)
     else:
         y = add(norm.normalize(x, None, None), residual, into)
-        y = reference.activate(y, activation)
+        y = activation_of(activation).apply(y)
     return y if dropout is None else cast(Tensor, type(dropout).forward(dropout, y))
 
 

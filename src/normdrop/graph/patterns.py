@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from normdrop.graph.modules import DROPOUTS, does_more
 from normdrop.graph.nodes import gives_new_tensor, may_write, only_user
 from normdrop.graph.tracing import Trace
-from normdrop.ops.reference import leaky_relu_of
+from normdrop.ops.activations import leaky_relu_of
 
 __all__ = ["Pattern", "find_patterns", "path_of", "rewrite"]
 

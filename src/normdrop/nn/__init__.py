@@ -1,4 +1,4 @@
-"""Modules that subclass torch's, so that checkpoints load; they only call functional."""
+"""Modules that subclass torch's, so that checkpoints load; what they compute is in functional."""
 
 from normdrop.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from normdrop.nn.dropout import (

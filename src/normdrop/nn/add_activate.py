@@ -7,8 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from normdrop.nn.tracing import call_as_leaf, is_traced
-from normdrop.ops import reference
+from normdrop.nn.tracing import call_as_leaf
+from normdrop.ops import context
+from normdrop.ops.activations import activation_of
 
 __all__ = ["AddActivate"]
 
@@ -39,7 +40,7 @@ class AddActivate(torch.nn.Module):
         self.dims = dims
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if is_traced(input):
+        if context.is_traced(input):
             others = () if residual is None else (residual,)
             return cast(Tensor, call_as_leaf(self, input, *others))
         if self.dims is not None and input.dim() != self.dims:
@@ -48,7 +49,7 @@ class AddActivate(torch.nn.Module):
                 f"away, got {tuple(input.shape)}; for such inputs it cannot be folded"
             )
         y = input if residual is None else input + residual
-        return reference.activate(y, self.activation)
+        return activation_of(self.activation).apply(y)
 
     def extra_repr(self) -> str:
         return "" if self.activation is None else f"activation={self.activation!r}"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from normdrop import functional
-from normdrop.nn.tracing import call_as_leaf, is_traced
+from normdrop.nn.tracing import call_as_leaf
+from normdrop.ops import context
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -24,7 +25,7 @@ def is_recomputation() -> bool:
     In compiled code the answer is no: there the compiler recomputes, and knows what it may repeat.
     """
     # The compiler cannot trace the second call, so the first stands before it.
-    return not torch.compiler.is_compiling() and _backward_pass() != -1
+    return not context.is_compiled() and _backward_pass() != -1
 
 
 class MicroBatches:
@@ -129,7 +130,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """y = activation(BN(input) + residual); the residual has the input's shape."""
-        if is_traced(input):
+        if context.is_traced(input):
             others = () if residual is None else (residual,)
             return cast(Tensor, call_as_leaf(self, input, *others))
         return self.normalize(input, residual, self.activation)
@@ -158,7 +159,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             mean, var = merging.buffers(mean, var)
         elif self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if self.momentum is None and torch.compiler.is_compiling():
+            if self.momentum is None and context.is_compiled():
                 # The compiler breaks the graph, or gives up, where a tensor becomes a number.
                 average, momentum = (mean, var), 1.0
                 if mean is not None and var is not None:

@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from normdrop.nn.tracing import call_as_leaf, is_traced
+from normdrop.nn.tracing import call_as_leaf
+from normdrop.ops import context
 from normdrop.ops.shortcut import padded_part
 
 __all__ = ["Conv2d", "is_strided_point"]
@@ -51,7 +52,7 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_traced(input):
+        if context.is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return self._conv_forward(input, self.weight, self.bias)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from normdrop import functional
 from normdrop.functional import Scaling
-from normdrop.nn.tracing import call_as_leaf, is_traced
+from normdrop.nn.tracing import call_as_leaf
+from normdrop.ops import context
 
 __all__ = [
     "AlphaDropout",
@@ -83,7 +84,7 @@ class Dropout(_Dropout, torch.nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if is_traced(input):
+        if context.is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.dropout(input, self.p, self.training, self.inplace, scaling=self.scaling)
 
@@ -98,7 +99,7 @@ class Dropout1d(_Dropout, torch.nn.Dropout1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if is_traced(input):
+        if context.is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.dropout1d(
             input, self.p, self.training, self.inplace, scaling=self.scaling
@@ -115,7 +116,7 @@ class Dropout2d(_Dropout, torch.nn.Dropout2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if is_traced(input):
+        if context.is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.dropout2d(
             input, self.p, self.training, self.inplace, scaling=self.scaling
@@ -132,7 +133,7 @@ class Dropout3d(_Dropout, torch.nn.Dropout3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if is_traced(input):
+        if context.is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.dropout3d(
             input, self.p, self.training, self.inplace, scaling=self.scaling
@@ -157,7 +158,7 @@ class AlphaDropout(_Dropout, torch.nn.AlphaDropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if is_traced(input):
+        if context.is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.alpha_dropout(input, self.p, self.training)
 
@@ -177,6 +178,6 @@ class FeatureAlphaDropout(_Dropout, torch.nn.FeatureAlphaDropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """z; see the class."""
-        if is_traced(input):
+        if context.is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return functional.feature_alpha_dropout(input, self.p, self.training)

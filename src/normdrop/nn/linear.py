@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from normdrop.nn.tracing import call_as_leaf, is_traced
+from normdrop.nn.tracing import call_as_leaf
+from normdrop.ops import context
 from normdrop.ops.linear import linear
 
 __all__ = ["Linear"]
@@ -33,6 +34,6 @@ class Linear(torch.nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_traced(input):
+        if context.is_traced(input):
             return cast(Tensor, call_as_leaf(self, input))
         return linear(input, self.weight, self.bias)

@@ -6,12 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["call_as_leaf", "is_traced"]
-
-
-def is_traced(input: Any) -> bool:
-    """Whether torch.fx is tracing, so that the input is a Proxy instead of a tensor."""
-    return isinstance(input, torch.fx.Proxy)
+__all__ = ["call_as_leaf"]
 
 
 def call_as_leaf(module: torch.nn.Module, input: Any, *others: Any) -> Any:

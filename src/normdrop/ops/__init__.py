@@ -1,8 +1,9 @@
 """The operators: kernels where they exist, plain PyTorch elsewhere.
 
-Every operator has one file in this folder and one of the same stem in `csrc`. A file has, in this
-order, the function that chooses between kernel and reference, the fake kernel (shapes only),
-setup_context, backward, and their registration.
+An operator with a kernel has a file in this folder and a folder of that name in `csrc`. The file
+has, in this order, the function that chooses between kernel and torch, the fake kernel (shapes
+only), setup_context, backward, and their registration. Second derivatives, and what needs no kernel
+of ours (`linear`, `shortcut`), have files of their own; `context` says who looks on.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -73,15 +74,25 @@ def _differentiable(t: Tensor) -> Tensor:
 
 
 def unpack_bits(positive: Tensor, x: Tensor) -> Tensor:
-    """The kernel's bits as a bool tensor of x's shape; see `positive` in csrc/library.cpp."""
+    """The kernel's bits as a bool tensor of x's shape; see `positive` in csrc/library.cpp.
+
+    They are in the order of memory. Where other elements of a channel lie beside an element, each
+    such row begins with a byte of its own.
+    """
+    strides = torch.empty_like(x, device="meta").stride()  # of what the kernel reads: dense
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
-    bits = (positive.unsqueeze(1) & weights).ne(0)
-    n, c = x.shape[:2]
-    inner = x.numel() // (n * c)
-    if x.is_contiguous() and inner > 1:
-        row = (inner + 7) // 8
-        return bits[: n * c * row].view(n * c, row * 8)[:, :inner].reshape(x.shape)
-    flat = bits.flatten()[: x.numel()]
-    if x.is_contiguous():
-        return flat.view(x.shape)
-    return flat.view(n, *x.shape[2:], c).movedim(-1, 1)
+    bits = (positive.unsqueeze(1) & weights).ne(0).flatten()
+    row = _elements_beside(x.shape, strides)
+    if row > 1:
+        rows = x.numel() // row
+        bits = bits[: rows * ((row + 7) // 8 * 8)].view(rows, -1)[:, :row].flatten()
+    return bits.as_strided(x.shape, strides)
+
+
+def _elements_beside(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many elements of a channel lie side by side: `inner` of csrc/base/layout.h."""
+    return math.prod(
+        size
+        for d, size in enumerate(shape)
+        if d != 1 and (shape[1] == 1 or strides[d] < strides[1])
+    )

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from normdrop.memory import recompute
-from normdrop.ops import has_kernels, reference
+from normdrop.ops import context, has_kernels, reference
 from normdrop.ops.random import keep_mask, make_seed
 
 __all__ = ["alpha_dropout", "dropout", "make_seed"]
 
 _KERNEL_TYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
-Rule = tuple[int, float, float, float, int, tuple[int, ...]]
-"""threshold, scale, shift, fill, sample_offset and shared_dims: all of the operator but x, seed."""
+
+class Rule(NamedTuple):
+    """All of the operator but x and seed: z = scale · x + shift where kept, fill elsewhere."""
+
+    threshold: int
+    scale: float
+    shift: float = 0.0
+    fill: float = 0.0
+    sample_offset: int = 0
+    shared_dims: tuple[int, ...] = ()
+
+    def derivative(self) -> Rule:
+        """The rule of the gradient."""
+        return self._replace(shift=0.0, fill=0.0)
 
 
 def dropout(
@@ -71,10 +83,12 @@ def _draw_and_drop(
     if threshold == 0 and seed is None:
         seed = 0  # nothing is left to chance, so nothing is drawn, as in torch
     shared_dims = _positive_dims(x, shared_dims)
-    if seed is None and generator is None and sample_offset == 0 and not x.is_cpu:
-        z = _drop_by_torch(x, keep, coefficients, shared_dims)
-        return x.copy_(z) if inplace else z
-    rule = (threshold, *coefficients, sample_offset, shared_dims)
+    if seed is None and generator is None and sample_offset == 0:
+        is_exported = context.is_exported()
+        if is_exported or not x.is_cpu:
+            z = _drop_by_torch(x, keep, coefficients, shared_dims, is_exported)
+            return x.copy_(z) if inplace else z
+    rule = Rule(threshold, *coefficients, sample_offset, shared_dims)
     return drop(x, make_seed(x, seed, generator), rule, inplace)
 
 
@@ -105,8 +119,9 @@ def _has_kernel(x: Tensor) -> bool:
         and x.is_cpu
         and x.dtype in _KERNEL_TYPES
         and x.layout is torch.strided
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
+        and not context.is_subclass(x)
+        and not context.is_exported()
+        and not context.is_transformed()
     )
 
 
@@ -118,7 +133,7 @@ def drop(x: Tensor, seed: Tensor, rule: Rule, inplace: bool = False) -> Tensor:
         mask = keep_mask(shape, threshold, seed, sample_offset)
         z = reference.dropout(x, mask, scale, shift, fill)
         return x.copy_(z) if inplace else z
-    if torch.compiler.is_compiling():
+    if context.is_compiled():
         z = torch.ops.normdrop.dropout.default(x, seed, *rule)
         return x.copy_(z) if inplace else z
     if x.requires_grad and torch.is_grad_enabled():
@@ -131,27 +146,27 @@ def drop(x: Tensor, seed: Tensor, rule: Rule, inplace: bool = False) -> Tensor:
 
 
 def _drop_by_torch(
-    x: Tensor, keep: float, coefficients: tuple[float, float, float], shared_dims: tuple[int, ...]
+    x: Tensor,
+    keep: float,
+    coefficients: tuple[float, float, float],
+    shared_dims: tuple[int, ...],
+    is_exported: bool,
 ) -> Tensor:
     """The same with a mask from torch's generator of x's device.
 
     Off the CPU there is no kernel, and Philox in int64 operators is slow: so it is taken where
-    somebody asks for a certain mask only.
+    somebody asks for a certain mask only. A program that is exported holds torch's operators.
     """
     scale, shift, fill = coefficients
     is_plain = scale == 1.0 / keep and shift == fill == 0.0 and x.is_floating_point()
-    if is_plain and not shared_dims and not torch._C._are_functorch_transforms_active():
+    if is_plain and not shared_dims and is_exported:
+        return torch.nn.functional.dropout(x, 1.0 - keep)
+    if is_plain and not shared_dims and not context.is_transformed():
         z, mask = torch.native_dropout(x, 1.0 - keep, True)
         return torch.where(mask, z, 0.0)  # torch multiplies, and NaN times 0 is NaN
     shape = tuple(1 if d in shared_dims else size for d, size in enumerate(x.shape))
     mask = torch.rand(shape, device=x.device) < keep
     return reference.dropout(x, mask, scale, shift, fill)
-
-
-def _gradient_rule(rule: Rule) -> Rule:
-    """The derivative of scale · x + shift where kept and of a constant where dropped."""
-    threshold, scale, _, _, sample_offset, shared_dims = rule
-    return threshold, scale, 0.0, 0.0, sample_offset, shared_dims
 
 
 def _again(x: Tensor, seed: Tensor, rule: Rule) -> tuple[Tensor, ...]:
@@ -181,7 +196,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (seed,) = ctx.saved_tensors
-        rule = _gradient_rule(ctx.rule)
+        rule = ctx.rule.derivative()
         if torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched=True
             return torch.ops.normdrop.dropout.default(grad, seed, *rule), None, None, None
         return drop(grad, seed, rule), None, None, None
@@ -207,12 +222,13 @@ def _fake_into(*args: Any) -> None:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, seed, threshold, scale, shift, fill, sample_offset, shared_dims = inputs
     ctx.save_for_backward(seed)
-    ctx.rule = (threshold, scale, shift, fill, sample_offset, tuple(shared_dims))
+    ctx.rule = Rule(threshold, scale, shift, fill, sample_offset, tuple(shared_dims))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # ∂L/∂x_i = scale · r_i · ∂L/∂z_i: the same mask, drawn again.
-    return (drop(grad, ctx.saved_tensors[0], _gradient_rule(ctx.rule)), *[None] * 7)
+    rule = ctx.rule.derivative()
+    return (torch.ops.normdrop.dropout.default(grad, ctx.saved_tensors[0], *rule), *[None] * 7)
 
 
 if has_kernels():

@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from normdrop.ops import context
 
 __all__ = ["linear", "prefers_onednn"]
 
@@ -59,16 +60,10 @@ def _vendor() -> str:
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """What is wrong, or unusual, is left to torch."""
-    if torch.compiler.is_compiling() or not prefers_onednn():
-        return False
-    if type(x) is not Tensor or type(weight) not in (Tensor, torch.nn.Parameter):
+    if not prefers_onednn() or not context.is_plain(x, weight, bias):
         return False
     for tensor in (x, weight, bias):
-        if tensor is not None and (
-            tensor.dtype is not torch.float32
-            or not tensor.is_cpu
-            or tensor.layout is not torch.strided
-        ):
+        if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_cpu):
             return False
     if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return False
@@ -80,9 +75,6 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         torch.is_autocast_enabled("cpu")
         or torch.get_float32_matmul_precision() != "highest"
         or not torch.backends.mkldnn.enabled
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 

@@ -2,9 +2,10 @@
 
 A mask is a pure function of a 64-bit seed and the element's index. The seed is one number from
 torch's CPU generator, so ``torch.manual_seed``, ``torch.random.fork_rng`` and activation
-checkpointing act as they do on torch's dropout. The same call draws the same seed in eager mode,
-in a compiled graph and in an exported one. (Off the CPU a mask that nobody asked for by a seed, a
-generator or an offset comes from torch's generator of that device; see ops/dropout.py.)
+checkpointing act as they do on torch's dropout. The same call draws the same seed in eager mode
+and in a compiled graph. Two draw from torch's own generators unless somebody asks for a certain
+mask by a seed, a generator or an offset: exported programs, which hold torch's operators only, and
+devices other than the CPU; see ops/dropout.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from normdrop.ops import reference
+from normdrop.ops import context, reference
 
 __all__ = ["draw_seed", "keep_mask", "make_seed"]
 
@@ -80,7 +81,7 @@ torch.library.register_vmap("normdrop::keep_mask", _keep_mask_vmap, lib=_library
 
 def keep_mask(shape: tuple[int, ...], threshold: int, seed: Tensor, sample_offset: int) -> Tensor:
     """See :func:`normdrop.ops.reference.keep_mask_of_threshold`."""
-    if torch.compiler.is_compiling():
+    if context.is_compiled() and not context.is_exported():
         mask: Tensor = torch.ops.normdrop.keep_mask(shape, threshold, seed, sample_offset)
         return mask
     return reference.keep_mask_of_threshold(shape, threshold, seed, sample_offset)
@@ -95,7 +96,7 @@ def draw_seed(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """
     if generator is not None:
         return torch.randint(_HIGH, (), generator=generator, device=generator.device)
-    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if context.is_compiled() and not (context.is_exported() or context.is_transformed()):
         fresh = torch.empty((), device="cpu")
         seed: Tensor = torch.ops.normdrop.draw_seed(x.detach(), fresh)
         return seed

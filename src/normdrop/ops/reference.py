@@ -12,23 +12,18 @@ import math
 import torch
 from torch import Tensor
 
+from normdrop.ops import context
+
 __all__ = [
-    "ACTIVATIONS",
-    "activate",
     "batch_norm",
     "batch_statistics",
     "dropout",
     "keep_mask",
     "keep_mask_of_threshold",
     "keep_threshold",
-    "leaky_relu_of",
     "philox",
-    "slope_of",
     "update_running_statistics",
 ]
-
-ACTIVATIONS = ("relu", "leaky_relu", "leaky_relu(SLOPE)", "silu")
-"""What ``activation=`` takes; leaky ReLU has torch's default slope, 0.01, unless it names one."""
 
 ROUNDS = 7
 """Philox4x32 passes BigCrush from 7 rounds on (Salmon et al. 2011, table 2)."""
@@ -81,58 +76,6 @@ def update_running_statistics(
     unbiased = var * (count / max(count - 1, 1))
     running_mean.copy_((1 - momentum) * running_mean + momentum * mean)
     running_var.copy_((1 - momentum) * running_var + momentum * unbiased)
-
-
-def slope_of(activation: str | None) -> float | None:
-    """The slope left of zero of an activation that is linear there and the identity beyond.
-
-    Example:
-        >>> slope_of("leaky_relu"), slope_of("leaky_relu(0.2)"), slope_of("relu"), slope_of(None)
-        (0.01, 0.2, 0.0, 1.0)
-        >>> slope_of("silu") is None
-        True
-    """
-    if activation is None:
-        return 1.0
-    if activation == "relu":
-        return 0.0
-    if activation == "leaky_relu":
-        return 0.01
-    if not (activation.startswith("leaky_relu(") and activation.endswith(")")):
-        return None
-    try:
-        return float(activation[len("leaky_relu(") : -1])
-    except ValueError:
-        return None
-
-
-def leaky_relu_of(slope: object) -> str | None:
-    """The name of leaky ReLU with that slope; None for what is no number.
-
-    Example:
-        >>> leaky_relu_of(0.01), leaky_relu_of(0.2), slope_of(leaky_relu_of(1 / 3)) == 1 / 3
-        ('leaky_relu', 'leaky_relu(0.2)', True)
-    """
-    if type(slope) not in (int, float):
-        return None
-    return "leaky_relu" if slope == 0.01 else f"leaky_relu({slope!r})"
-
-
-def activate(y: Tensor, activation: str | None) -> Tensor:
-    """The activation that follows, by name; None is the identity."""
-    if activation is None:
-        return y
-    if activation == "relu":
-        return torch.relu(y)
-    if activation == "silu":
-        return torch.nn.functional.silu(y)
-    slope = slope_of(activation)
-    if slope is not None:
-        return torch.nn.functional.leaky_relu(y, slope)
-    raise ValueError(
-        f"batch_norm: activation must be None or one of {', '.join(ACTIVATIONS)}, "
-        f"got {activation!r}"
-    )
 
 
 def _multiply_wide(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +177,7 @@ def dropout(x: Tensor, mask: Tensor, scale: float, shift: float = 0.0, fill: flo
     if shift:
         # 16-bit types are rounded once.
         z = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale + shift).to(x.dtype)
-    if not x.is_contiguous() and not torch._C._are_functorch_transforms_active():
+    if not x.is_contiguous() and not context.is_transformed():
         # torch.where gives its result in the mask's memory format.
         mask = torch.empty_like(x, dtype=torch.bool).copy_(mask)
     return torch.where(mask, z, torch.full((), fill, dtype=x.dtype, device=x.device))

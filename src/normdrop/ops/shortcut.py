@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from normdrop.ops import context
 
 __all__ = ["padded_part"]
 
@@ -29,21 +30,9 @@ def padded_part(x: Tensor, index: tuple[slice, ...], pad: tuple[int, ...]) -> Te
         pad: zeros before and behind, of the last dimension first, as ``F.pad`` takes them; none
             negative.
     """
-    if not _is_plain(x) or not (torch.is_grad_enabled() and x.requires_grad):
+    if not context.is_plain(x) or not (torch.is_grad_enabled() and x.requires_grad):
         return F.pad(x[index], pad)
     return cast(Tensor, cast(Any, _PaddedPart).apply(x, index, pad))
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Not what torch.fx traces, nor a subclass, nor seen by a transform."""
-    return not (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or x.layout is not torch.strided
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 class _PaddedPart(torch.autograd.Function):
