@@ -18,6 +18,7 @@ from normdrop.errors import UserError
 from normdrop.runs.folder import COLUMNS
 from normdrop.runs.options import Options
 from normdrop.runs.weights import load_network
+from normdrop.training import measure
 from normdrop.training.evaluate import evaluate
 from normdrop.training.fit import train
 from normdrop.training.predict import predictions
@@ -85,6 +86,26 @@ def test_evaluating_again_gives_the_same_figures(finished_run):
         assert again[key] == result[key]
     # Right after training the weights lie channels_last, loaded again they do not.
     assert again["loss"] == pytest.approx(result["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_every_split_is_tested_in_order_and_unchanged(small, monkeypatch, split):
+    run = train(small(epochs=1, augment="shift,erase"))
+    seen = []
+
+    def predict_batches(network, batches, *, flip):
+        seen.extend(batches)
+        return measure.predict_batches(network, seen, flip=flip)
+
+    monkeypatch.setattr("normdrop.training.evaluate.predict_batches", predict_batches)
+    evaluate(run, split=split)
+    x = torch.cat([x for x, _ in seen])
+    own = data.load("digits", seed=0, test=0.5, validation=0.2)
+    pictures = np.stack(own.pictures(split, range(len(x))))
+    assert len(x) == own.sizes[split]
+    assert torch.equal(x, torch.from_numpy(pictures).movedim(3, 1) / 255)
+    counts = torch.cat([y for _, y in seen]).bincount(minlength=10)
+    assert counts.tolist() == own.class_counts()[split]
 
 
 def test_evaluate_prints_tables_or_json(finished_run, capsys):

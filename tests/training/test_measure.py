@@ -74,6 +74,16 @@ def test_a_class_that_never_comes_up_counts_as_zero():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("confidence", "place"), [(0.6, 8), (0.8, 11), (0.8001, 12), (1.0, 14)])
+def test_a_bin_of_calibration_holds_its_upper_edge(confidence, place):
+    given = torch.tensor([[confidence, 1 - confidence]], dtype=torch.float64)
+    reliability = measure(given, torch.tensor([0]), "ab")["reliability"]
+    assert reliability["count"] == [int(n == place) for n in range(15)]
+    assert reliability["edges"][place] < confidence <= reliability["edges"][place + 1]
+    assert reliability["confidence"][place] == confidence
+    assert reliability["accuracy"][place] == 1
+
+
 @pytest.mark.parametrize(
     ("right", "count"), [(0, 10), (10, 10), (7, 10), (359, 360), (9490, 10000)]
 )

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import yaml
 from normdrop.errors import UserError
 from normdrop.runs import write
 from normdrop.runs.options import Options
-from normdrop.runs.weights import load_checkpoint
+from normdrop.runs.weights import load_checkpoint, load_network
 from normdrop.training.fit import Stopped, train
 from normdrop.training.task import Task
 
@@ -99,25 +98,31 @@ def test_a_run_stopped_twice_ends_with_the_same_bits(small, stop_at):
     assert_same_end(train(resume=whole.parent / "stopped"), whole)
 
 
-def test_a_killed_run_ends_with_the_same_bits(small, tmp_path):
-    whole = train(small(name="whole", epochs=12))
-    killed = whole.parent / "killed"
+# Runs the command, which the kernel ends in a certain step; nothing is written or said any more.
+KILLED = """
+import os, signal, sys
+from normdrop import cli
+from normdrop.training.task import Task
+
+def training_step(task, batch, number, original=Task.training_step):
+    if task.global_step == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(task, batch, number)
+
+Task.training_step = training_step
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_run_ends_with_the_same_bits(small, finished_run, tmp_path):
     options = tmp_path / "options.yaml"
-    options.write_text(yaml.safe_dump(small(name="killed", epochs=12).flat()))
-    command = [sys.executable, "-m", "normdrop", "train", "--config", str(options)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        until = time.monotonic() + 120
-        while not (killed / "checkpoints" / "last.ckpt").exists():
-            assert process.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        time.sleep(0.3)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=300)
-    assert not (killed / "result.json").exists(), "the run ended before it could be killed"
-    assert_same_end(train(resume=killed), whole)
+    options.write_text(yaml.safe_dump(small(name="killed").flat()))
+    command = [sys.executable, "-c", KILLED, "train", "--config", str(options)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    killed = Path(small().run.runs_dir) / "killed"
+    assert not (killed / "result.json").exists()
+    assert_same_end(train(resume=killed), finished_run)
 
 
 def test_a_run_killed_after_its_last_epoch_is_tested_on_resume(finished_run, tmp_path):
@@ -166,9 +171,30 @@ def test_rows_after_the_checkpoint_are_forgotten(small, stop_at):
     assert [row["epoch"] for row in rows(run)] == ["1", "2", "3"]
 
 
-def test_loading_a_checkpoint_runs_no_code(finished_run):
-    checkpoint = finished_run / "checkpoints" / "best.ckpt"
-    assert torch.load(checkpoint, weights_only=True)["epoch"] >= 0
+class Writes:
+    """What a pickle may hold: unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+def test_a_checkpoint_that_would_run_code_is_refused(finished_run, tmp_path, name):
+    run = unfinished(finished_run, tmp_path)
+    path, made = run / "checkpoints" / name, tmp_path / "made"
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"more": Writes(made)}, path)
+    torch.load(path, weights_only=False)
+    assert made.exists(), "this pickle does nothing"
+    made.unlink()
+    with pytest.raises(UserError, match=rf"Cannot read .*{name}"):
+        train(resume=run)
+    with pytest.raises(UserError, match=rf"Cannot read .*{name}"):
+        load_checkpoint(path, load_network(finished_run)[0])
+    assert not made.exists()
 
 
 def test_a_finished_run_is_not_resumed(finished_run):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,19 @@ def evaluate(
     """
     network, record = load_network(run)
     classes = record["network"]["classes"]
+    batches: Iterable[tuple[Tensor, Tensor]]
     if source is None:
         datamodule = load_data(read_options(run))
         datamodule.setup()
         check_same_data(run, datamodule)
-        name, batches = datamodule.name, _split(datamodule, split)
+        name, batches = datamodule.name, datamodule.in_order(split)
     elif Path(source).exists():
         name, batches = source, _labelled(Path(source), record["data"], classes)
     else:
         datamodule = data.load(source)
         datamodule.setup()
         _check_same_kind(datamodule, record)
-        name, batches = datamodule.name, _split(datamodule, split)
+        name, batches = datamodule.name, datamodule.in_order(split)
     flip = read_options(run).recipe.flip_test if flip is None else flip
     if flip:
         check_flip(record["data"]["kind"])
@@ -116,13 +117,6 @@ def _worst_mistakes(probabilities: Tensor, labels: Tensor) -> Tensor:
     wrong = (probabilities.argmax(1) != labels).nonzero().flatten()
     confidence = probabilities[wrong].max(1).values
     return wrong[confidence.argsort(descending=True, stable=True)][:MISTAKES]
-
-
-def _split(datamodule: data.DataModule, split: str) -> Any:
-    if split == "train":
-        # The training loader shuffles and augments; in a test, neither.
-        return datamodule._loader("train")
-    return datamodule.val_dataloader() if split == "val" else datamodule.test_dataloader()
 
 
 def _check_same_kind(datamodule: data.DataModule, record: dict[str, Any]) -> None:
