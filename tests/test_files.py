@@ -1,5 +1,7 @@
 """Files are written whole or not at all."""
 
+import os
+
 import pytest
 
 from normdrop.files import write_atomically, write_text
@@ -33,3 +35,29 @@ def test_write_atomically_gives_the_mode_of_an_ordinary_file(tmp_path):
     ordinary.write_text("")
     write_text(ours, "")
     assert ours.stat().st_mode == ordinary.stat().st_mode
+
+
+def test_write_atomically_follows_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "a.txt", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "link", "real"]
+
+
+def test_write_atomically_writes_into_what_is_no_regular_file(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "whole")
+    assert os.read(reader, 100) == b"whole"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path, "whole")

@@ -90,20 +90,22 @@ def predict(
     run: Path,
     files: list[Path],
     *,
-    format: Literal["table", "csv", "json"] = "table",
+    format: Literal["table", "csv", "json"] | None = None,
     output: Path | None = None,
+    skip_unreadable: bool = False,
 ) -> None:
     """Predict the class of images, or of the rows of a table, with a trained network.
 
     Args:
         run: a run folder.
         files: images, or .csv or .parquet tables.
-        format: of the output.
+        format: of the output; by default what the output's name ends with, or a table.
         output: a file to write; by default the output is printed.
+        skip_unreadable: list images that cannot be read and go on without them.
     """
     from normdrop.training.predict import predict
 
-    predict(run, files, form=format, output=output)
+    predict(run, files, form=format, output=output, skip_unreadable=skip_unreadable)
 
 
 def describe(

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normdrop.data.images import Rule, Unreadable, decode, is_junk, look, read, walk
-from normdrop.errors import UserError
+from normdrop.data.images import Rule, Unreadable, decode, is_junk, look, walk
 
 RGB, GREY = Rule(3, 10, 12), Rule(1, 10, 12)
 
@@ -160,13 +159,6 @@ def test_floating_point_pixels_are_unreadable(tmp_path):
     for function in (look, lambda p: decode(p, GREY)):
         with pytest.raises(Unreadable, match="floating-point numbers"):
             function(path)
-
-
-def test_read_names_the_file(tmp_path):
-    path = tmp_path / "a.jpg"
-    path.write_bytes(b"no")
-    with pytest.raises(UserError, match=r"image '.*a\.jpg' cannot be read \(it is no image file"):
-        read(path, RGB)
 
 
 def test_junk_is_known_by_name_and_suffix(tmp_path):

@@ -203,6 +203,79 @@ def test_predictions_in_every_form(finished_run, digit_folder, capsys, tmp_path)
     assert target.read_text() == forms["csv"]
 
 
+@pytest.mark.parametrize("way", ["itself", "another way", "a link to it", "in its folder"])
+def test_the_output_never_replaces_what_is_read(finished_run, tmp_path, capsys, way):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    picture = folder / "a.png"
+    Image.new("L", (8, 8)).save(picture)
+    before = picture.read_bytes()
+    (tmp_path / "link.csv").symlink_to(picture)
+    given, output = {
+        "itself": (picture, picture),
+        "another way": (picture, tmp_path / "in" / ".." / "in" / "a.png"),
+        "a link to it": (picture, tmp_path / "link.csv"),
+        "in its folder": (folder, picture),
+    }[way]
+    assert cli.main(["predict", str(finished_run), str(given), "--output", str(output)]) == 2
+    assert "since it is one of the files to predict; choose another" in capsys.readouterr().err
+    assert picture.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "options.yaml", "checkpoints/last.ckpt"])
+def test_the_output_never_replaces_a_file_of_the_run(finished_run, digit_folder, capsys, name):
+    picture = str(digit_folder / "0" / "0.png")
+    before = (finished_run / name).read_bytes()
+    arguments = ["predict", str(finished_run), picture, "--output", str(finished_run / name)]
+    assert cli.main(arguments) == 2
+    assert "since it is a file of the run; choose another" in capsys.readouterr().err
+    assert (finished_run / name).read_bytes() == before
+
+
+def test_the_name_of_the_output_says_its_form(finished_run, digit_folder, tmp_path):
+    picture = str(digit_folder / "0" / "0.png")
+
+    def written(name, *more):
+        arguments = ["predict", str(finished_run), picture, "--output", str(tmp_path / name)]
+        assert cli.main([*arguments, *more]) == 0
+        return (tmp_path / name).read_text()
+
+    assert written("a.csv").startswith("file,class,probability,p(0)")
+    assert json.loads(written("a.json"))[0]["file"] == picture
+    assert json.loads(written("b.csv", "--format", "json"))[0]["file"] == picture
+    assert written("a.txt").split()[:3] == ["file", "class", "probability"]
+
+
+def test_what_was_predicted_before_an_error_is_kept(finished_run, digit_folder, tmp_path, capsys):
+    pictures = [digit_folder / "0" / "0.png", tmp_path / "bad.png", digit_folder / "1" / "1.png"]
+    pictures[1].write_bytes(b"no picture")
+    output = tmp_path / "out.csv"
+    arguments = ["predict", str(finished_run), *map(str, pictures), "--output", str(output)]
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "bad.png' cannot be read" in shown.err
+    assert f"by --skip-unreadable; what was predicted before it is in {output}" in shown.err
+    assert [row["file"] for row in csv.DictReader(io.StringIO(output.read_text()))] == [
+        str(pictures[0])
+    ]
+
+
+@pytest.mark.filterwarnings("always:.* left out")
+def test_images_that_cannot_be_read_are_skipped_and_listed(
+    finished_run, digit_folder, tmp_path, capsys
+):
+    pictures = [digit_folder / "0" / "0.png", tmp_path / "bad.png", digit_folder / "1" / "1.png"]
+    pictures[1].write_bytes(b"no picture")
+    arguments = ["predict", str(finished_run), *map(str, pictures), "--format", "json"]
+    assert cli.main([*arguments, "--skip-unreadable"]) == 0
+    shown = capsys.readouterr()
+    assert [row["file"] for row in json.loads(shown.out)] == [str(pictures[0]), str(pictures[2])]
+    assert f"warning: 1 image is left out: {pictures[1]} (it is no image" in shown.err
+    whole = predictions(finished_run, [pictures[0], pictures[2]])
+    assert predictions(finished_run, pictures, skip_unreadable=True) == whole
+
+
 def test_a_file_that_cannot_be_read_is_named(finished_run, tmp_path, capsys):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")

@@ -20,8 +20,15 @@ __all__ = ["Encoder", "encoder"]
 class Encoder(Protocol):
     """Reads files as a network's training data was read; made by :func:`encoder`."""
 
-    def read(self, paths: Iterable[str | Path]) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self, paths: Iterable[str | Path], *, skipped: list[tuple[str, str]] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Give (name, input without a batch dimension) for every image, or every row of a table.
+
+        Args:
+            paths: files, or folders of images.
+            skipped: takes the path and the reason of every image that cannot be read; without it
+                such an image is an error.
 
         Raises:
             UserError: a file is missing or cannot be read; the message names it.
@@ -67,8 +74,10 @@ class Images:
             f"width={self.rule.width})"
         )
 
-    def read(self, paths: Iterable[str | Path]) -> Iterator[tuple[str, Tensor]]:
-        from normdrop.data.images import read, to_float, walk
+    def read(
+        self, paths: Iterable[str | Path], *, skipped: list[tuple[str, str]] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        from normdrop.data.images import Unreadable, decode, to_float, walk
 
         for given in paths:
             path = Path(given)
@@ -77,7 +86,16 @@ class Images:
             if not files:
                 raise UserError(f"folder {str(path)!r} has no images")
             for file in files:
-                pixels = np.ascontiguousarray(read(file, self.rule))
+                try:
+                    pixels = np.ascontiguousarray(decode(file, self.rule))
+                except Unreadable as error:
+                    if skipped is None:
+                        raise UserError(
+                            f"image {str(file)!r} cannot be read ({error}); leave out such images "
+                            f"by --skip-unreadable"
+                        ) from error
+                    skipped.append((str(file), str(error)))
+                    continue
                 yield str(file), torch.from_numpy(to_float(pixels))
 
 
@@ -87,7 +105,9 @@ class Rows:
     def __init__(self, columns: list[dict[str, Any]]) -> None:
         self.columns = columns
 
-    def read(self, paths: Iterable[str | Path]) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self, paths: Iterable[str | Path], *, skipped: list[tuple[str, str]] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         from normdrop.data.table import encode_rows
         from normdrop.data.table_file import read_table
 

@@ -10,9 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from normdrop.errors import UserError
-
-__all__ = ["Rule", "Unreadable", "decode", "is_junk", "look", "read", "to_float", "walk"]
+__all__ = ["Rule", "Unreadable", "decode", "is_junk", "look", "to_float", "walk"]
 
 GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I")
 JUNK_SUFFIXES = (
@@ -98,14 +96,6 @@ def decode(path: Path, rule: Rule) -> np.ndarray:
 def to_float(pixels: np.ndarray) -> np.ndarray:
     """uint8 pixels as float32 in [0, 1]; training and prediction must round alike."""
     return np.asarray(np.divide(pixels, np.float32(255), dtype=np.float32))
-
-
-def read(path: Path, rule: Rule) -> np.ndarray:
-    """:func:`decode` for a file that the user named: a failure is the user's to know."""
-    try:
-        return decode(path, rule)
-    except Unreadable as error:
-        raise UserError(f"image {str(path)!r} cannot be read ({error})") from error
 
 
 def _plain(image: Image.Image, mode: str, unsigned: bool) -> Image.Image:

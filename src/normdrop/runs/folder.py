@@ -10,6 +10,7 @@ from normdrop.errors import UserError
 __all__ = [
     "COLUMNS",
     "EVALUATION",
+    "FILES",
     "METRICS",
     "MISTAKE_NAMES",
     "OPTIONS",
@@ -32,6 +33,7 @@ EVALUATION = "evaluation.safetensors"
 MISTAKE_NAMES = "evaluation.json"
 # Written last of all: a folder with it is a finished run.
 RESULT = "result.json"
+FILES = (OPTIONS, RECORD, METRICS, WEIGHTS, EVALUATION, MISTAKE_NAMES, RESULT)
 
 COLUMNS = (
     "epoch",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from normdrop import data
 from normdrop.errors import UserError
 from normdrop.files import write_text
+from normdrop.runs.folder import FILES, best_checkpoint, last_checkpoint
 from normdrop.runs.read import read_options
 from normdrop.runs.weights import load_network
 from normdrop.training.measure import predict_batches
@@ -28,27 +31,73 @@ Item = TypeVar("Item")
 
 
 def predict(
-    run: Path, files: Sequence[Path], *, form: Literal["table", "csv", "json"], output: Path | None
+    run: Path,
+    files: Sequence[Path],
+    *,
+    form: Literal["table", "csv", "json"] | None,
+    output: Path | None,
+    skip_unreadable: bool = False,
 ) -> None:
-    """Predict, and print or write the answer; see :func:`predictions`."""
-    rows = predictions(run, files)
-    text = {"table": _as_table, "csv": _as_csv, "json": _as_json}[form](rows)
+    """Predict, and print or write the answer; see :func:`predictions`.
+
+    What was predicted is kept where a file cannot be read: the answer comes before the error.
+    """
+    if output is not None:
+        _check_output(output, run, files)
+    by_name = output.suffix.lower().removeprefix(".") if output is not None else ""
+    form = form or ("csv" if by_name == "csv" else "json" if by_name == "json" else "table")
+    rows: list[dict[str, Any]] = []
+    skipped: list[tuple[str, str]] | None = [] if skip_unreadable else None
+    try:
+        for some in _predicted(run, files, skipped):
+            rows += some
+    except UserError as error:
+        if not rows:
+            raise
+        kept = _give({"table": _as_table, "csv": _as_csv, "json": _as_json}[form](rows), output)
+        where = f"in {output}" if kept else "above"
+        raise UserError(f"{error}; what was predicted before it is {where}") from error
+    if skipped:
+        shown = "; ".join(f"{name} ({reason})" for name, reason in skipped[:5])
+        more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        what = "1 image is" if len(skipped) == 1 else f"{len(skipped)} images are"
+        warnings.warn(f"{what} left out: {shown}{more}", stacklevel=2)
+    if _give({"table": _as_table, "csv": _as_csv, "json": _as_json}[form](rows), output):
+        print(f"{len(rows)} prediction{'' if len(rows) == 1 else 's'} in {output}")
+
+
+def _give(text: str, output: Path | None) -> bool:
+    """Print the answer, or write it; whether it was written."""
     if output is None:
         print(text, end="")
-        return
+        return False
     try:
         write_text(output, text)
     except OSError as error:
         raise UserError(f"Cannot write {output} ({error.strerror}); choose another file") from error
-    print(f"{len(rows)} predictions in {output}")
+    return True
 
 
-def predictions(run: Path, files: Sequence[Path]) -> list[dict[str, Any]]:
+def _check_output(output: Path, run: Path, files: Sequence[Path]) -> None:
+    """Raise UserError where the output would replace what is read."""
+    if not output.is_file():
+        return
+    given = [file for path in files for file in (path.rglob("*") if path.is_dir() else [path])]
+    own = [best_checkpoint(run), last_checkpoint(run), *(run / name for name in FILES)]
+    for what, paths in (("one of the files to predict", given), ("a file of the run", own)):
+        if any(path.is_file() and path.samefile(output) for path in paths):
+            raise UserError(f"Cannot write to {output}, since it is {what}; choose another file")
+
+
+def predictions(
+    run: Path, files: Sequence[Path], *, skip_unreadable: bool = False
+) -> list[dict[str, Any]]:
     """The class of every image, or of every row of a table.
 
     Args:
         run: a finished run folder.
         files: images or tables, as the run was trained on.
+        skip_unreadable: leave out images that cannot be read.
 
     Returns:
         One dictionary a sample: file, class, probability, and the probabilities of all classes.
@@ -56,21 +105,30 @@ def predictions(run: Path, files: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         UserError: the run or a file cannot be used.
     """
+    chunks = _predicted(run, files, [] if skip_unreadable else None)
+    return [row for rows in chunks for row in rows]
+
+
+def _predicted(
+    run: Path, files: Sequence[Path], skipped: list[tuple[str, str]] | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of the answer, some at a time; those before an error come before it."""
     network, record = load_network(run)
     classes = record["network"]["classes"]
     encoder = data.encoder(record["data"])
     flip = read_options(run).recipe.flip_test
-    rows = []
-    for pairs in _chunks(encoder.read(list(files)), BATCH):
-        names, tensors = zip(*pairs, strict=True)
-        x = torch.stack(tensors)
-        batch = (x, torch.zeros(len(x), dtype=torch.int64))
-        probabilities, _ = predict_batches(network, [batch], flip=flip)
-        rows += [
-            _row(str(name), values, classes)
-            for name, values in zip(names, probabilities, strict=True)
-        ]
-    return rows
+    for pairs, error in _chunks(encoder.read(list(files), skipped=skipped), BATCH):
+        if pairs:
+            names, tensors = zip(*pairs, strict=True)
+            x = torch.stack(tensors)
+            batch = (x, torch.zeros(len(x), dtype=torch.int64))
+            probabilities, _ = predict_batches(network, [batch], flip=flip)
+            yield [
+                _row(str(name), values, classes)
+                for name, values in zip(names, probabilities, strict=True)
+            ]
+        if error is not None:
+            raise error
 
 
 def _row(name: str, probabilities: Tensor, classes: Sequence[str]) -> dict[str, Any]:
@@ -83,15 +141,19 @@ def _row(name: str, probabilities: Tensor, classes: Sequence[str]) -> dict[str, 
     }
 
 
-def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    chunk: list[Item] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _chunks(items: Iterator[Item], size: int) -> Iterator[tuple[list[Item], UserError | None]]:
+    """Lists of ``size`` items, and with the last one what ended the items too early."""
+    error = None
+    while error is None:
+        chunk: list[Item] = []
+        try:
+            for item in itertools.islice(items, size):
+                chunk.append(item)  # noqa: PERF402 -- what came before an error is kept
+        except UserError as raised:
+            error = raised
+        if not chunk and error is None:
+            return
+        yield chunk, error
 
 
 def _as_table(rows: Sequence[dict[str, Any]]) -> str:
