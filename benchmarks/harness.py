@@ -306,17 +306,20 @@ def machine_columns() -> dict[str, str]:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a CSV, numbers as numbers."""
+    rows = _read_text(path)
+    for row in rows:
+        for name in set(row) - {"processor", "torch", "version"}:
+            with contextlib.suppress(ValueError):
+                value = row[name]
+                row[name] = float(value) if re.search(r"[.e]|nan", value) else int(value)
+    return rows
+
+
+def _read_text(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        rows: list[Row] = list(csv.DictReader(file))
-    for row in rows:
-        for name, value in row.items():
-            with contextlib.suppress(ValueError):
-                row[name] = float(value) if re.search(r"[.e]|nan", value) else int(value)
-            if name in ("processor", "torch"):
-                row[name] = str(value)
-    return rows
+        return list(csv.DictReader(file))
 
 
 def merge(path: Path, new: Iterable[Row], columns: Sequence[str], keys: Sequence[str]) -> list[Row]:
@@ -328,7 +331,7 @@ def merge(path: Path, new: Iterable[Row], columns: Sequence[str], keys: Sequence
     here = machine_columns()
     rows = {
         tuple(str(row[key]) for key in keys): row
-        for row in read_rows(path)
+        for row in _read_text(path)  # as it stands: no rounding of what was rounded
         if set(columns) == set(row) and all(row[name] == value for name, value in here.items())
     }
     for row in new:
@@ -338,7 +341,7 @@ def merge(path: Path, new: Iterable[Row], columns: Sequence[str], keys: Sequence
         writer.writeheader()
         for row in rows.values():
             writer.writerow({name: _rounded(row[name]) for name in columns})
-    return list(rows.values())
+    return read_rows(path)
 
 
 def _rounded(value: Any) -> Any:

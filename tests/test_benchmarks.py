@@ -2,20 +2,16 @@
 
 import csv
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
 
 import normdrop
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture
-def script(monkeypatch):
+def script():
     """A function that imports a benchmark."""
-    monkeypatch.syspath_prepend(str(ROOT))
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
@@ -97,6 +93,16 @@ def test_harness_leaves_out_rows_of_another_machine(script, tmp_path):
     rows = harness.merge(path, [{"name": "b", "value": 2}], ["name", "value"], ["name"])
     assert [row["name"] for row in rows] == ["b"]
     assert [row["name"] for row in read(path)] == ["b"]
+
+
+def test_harness_leaves_what_is_not_measured_again_as_it_stands(script, tmp_path):
+    harness = script("harness")
+    path = tmp_path / "table.csv"
+    write = lambda *rows: harness.merge(path, rows, ["name", "value"], ["name"])  # noqa: E731
+    write({"name": "rate", "value": f"{0.500002567:.10g}"})
+    rows = write({"name": "time", "value": 0.123456789})
+    assert [row["value"] for row in rows] == [0.500002567, 0.12346]
+    assert [row["value"] for row in read(path)] == ["0.500002567", "0.12346"]
 
 
 def test_harness_writes_between_markers(script, tmp_path):
