@@ -22,6 +22,7 @@ __all__ = [
     "nn",
     "plan",
     "revert",
+    "reverted",
 ]
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from normdrop.memory.allocator import keep_freed_memory
     from normdrop.ops import has_kernels
     from normdrop.surgery.accumulate import accumulate
-    from normdrop.surgery.convert import convert, revert
+    from normdrop.surgery.convert import convert, revert, reverted
     from normdrop.surgery.fold import fold, fold_plan
     from normdrop.surgery.plan import plan
 
@@ -49,6 +50,7 @@ _HOME = {
     "nn": "normdrop",
     "plan": "normdrop.surgery.plan",
     "revert": "normdrop.surgery.convert",
+    "reverted": "normdrop.surgery.convert",
 }
 
 

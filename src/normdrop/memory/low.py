@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal, TypeVar
 
@@ -13,7 +15,14 @@ from torch import Tensor
 from normdrop.arguments import check_choice
 from normdrop.memory import recompute
 
-__all__ = ["Memory", "is_saving_memory", "restore_memory", "save_memory", "with_memory"]
+__all__ = [
+    "Memory",
+    "is_saving_memory",
+    "memory_restored",
+    "restore_memory",
+    "save_memory",
+    "with_memory",
+]
 
 Memory = Literal["normal", "low"]
 """What a model keeps for backward: what autograd asks for, or less; see :func:`save_memory`."""
@@ -91,6 +100,34 @@ def restore_memory(model: _Module) -> _Module:
             del module._forward_hooks[key]
             module._forward_hooks_always_called.pop(key, None)
     return model
+
+
+@contextmanager
+def memory_restored(model: torch.nn.Module) -> Iterator[None]:
+    """Undo :func:`save_memory` for a while; then its hooks are again where they stood.
+
+    Example:
+        >>> model = save_memory(torch.nn.ReLU())
+        >>> with memory_restored(model):
+        ...     is_saving_memory(model)
+        False
+        >>> is_saving_memory(model)
+        True
+    """
+    before = [(hooks, dict(hooks)) for module in model.modules() for hooks in _tables(module)]
+    restore_memory(model)
+    taken = [then.keys() - hooks.keys() for hooks, then in before]
+    try:
+        yield
+    finally:
+        for (hooks, then), ours in zip(before, taken, strict=True):
+            ordered = {k: hook for k, hook in then.items() if k in ours or k in hooks} | hooks
+            hooks.clear()
+            hooks.update(ordered)
+
+
+def _tables(module: torch.nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called
 
 
 def is_saving_memory(model: torch.nn.Module) -> bool:

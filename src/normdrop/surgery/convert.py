@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 from normdrop.arguments import check_choice, check_flag, check_model
 from normdrop.graph import fusion
-from normdrop.memory.low import Memory, restore_memory, with_memory
+from normdrop.graph.forward import FusedForward
+from normdrop.memory.low import Memory, memory_restored, restore_memory, with_memory
 from normdrop.nn.conv2d import Conv2d
 from normdrop.nn.linear import Linear
 from normdrop.surgery.layout import Layout, set_layout
 from normdrop.surgery.linear import Products, set_linear
 from normdrop.surgery.plan import CLASSES, replaceable
 
-__all__ = ["convert", "revert"]
+__all__ = ["convert", "revert", "reverted"]
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
@@ -125,21 +128,79 @@ def revert(model: _Module) -> _Module:
         True
     """
     check_model("revert", model)
-    ours = [(path, module) for path, module in model.named_modules() if type(module) in _TORCH]
-    for path, module in ours:
-        for name, value in _extras(module).items():
-            if getattr(module, name) != value:
-                raise ValueError(
-                    f"revert: expected layers that torch has as well, got {path or 'the model'} "
-                    f"with {name}={getattr(module, name)!r}; build it with {name}={value!r}"
-                )
+    layers = _ours("revert", model)
     fusion.remove(model)
     restore_memory(model)
-    for _, module in ours:
+    for module in layers:
         for name in _extras(module):
             vars(module).pop(name, None)
         module.__class__ = _TORCH[type(module)]
     return model
+
+
+@contextmanager
+def reverted(model: _Module) -> Iterator[_Module]:
+    """Give torch's classes back for the block, and ours again behind it.
+
+    Some tools look for the very classes of torch and pass by all others without a word: torch.fx's
+    quantization does not fold batch normalization, opacus' validator does not see it. Inside the
+    block the model is as after :func:`revert`. Behind it the same layers have our classes again, and
+    fusion, ``layout``, ``linear`` and ``memory="low"`` act as before, also after an exception.
+
+    What was done to the model meanwhile stays: parameters, flags, hooks. A layer that was put in is
+    left as it is, and so is one that got another class, or a ``qconfig``; fused code steps aside
+    where such a layer stands, and :func:`convert` takes it up. What a tool made of the model by
+    copying it stays torch's.
+
+    Args:
+        model: a converted model, or one built of our layers, such as those of
+            :mod:`normdrop.networks`.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: as :func:`revert`. Nothing is changed.
+        TypeError: no module.
+
+    Example:
+        >>> model = convert(torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU()))
+        >>> with reverted(model):
+        ...     type(model[0])
+        <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
+        >>> type(model[0])
+        <class 'normdrop.nn.batch_norm.BatchNorm1d'>
+    """
+    check_model("reverted", model)
+    layers = [(module, type(module)) for module in _ours("reverted", model)]
+    forwards = [
+        (module, forward)
+        for module in model.modules()
+        if isinstance(forward := vars(module).get("forward"), FusedForward)
+    ]
+    with memory_restored(model):
+        try:
+            yield revert(model)
+        finally:
+            for module, kind in layers:
+                if type(module) is _TORCH[kind] and getattr(module, "qconfig", None) is None:
+                    module.__class__ = kind
+                    vars(module).update(_extras(module))
+            for module, forward in forwards:
+                vars(module).setdefault("forward", forward)
+
+
+def _ours(who: str, model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of our classes, if they do nothing that torch's cannot."""
+    layers = [(path, module) for path, module in model.named_modules() if type(module) in _TORCH]
+    for path, module in layers:
+        for name, value in _extras(module).items():
+            if getattr(module, name) != value:
+                raise ValueError(
+                    f"{who}: expected layers that torch has as well, got {path or 'the model'} "
+                    f"with {name}={getattr(module, name)!r}; build it with {name}={value!r}"
+                )
+    return [module for _, module in layers]
 
 
 def _extras(module: torch.nn.Module) -> dict[str, str | None]:
