@@ -230,6 +230,11 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     ``num_batches_tracked`` alone: every batch counts once. With gradient accumulation,
     :func:`normdrop.accumulate` lets them move once for every optimizer step.
 
+    Tools do not see an ``activation``: ``convert_sync_batchnorm`` and ``fuse_conv_bn_eval`` put a
+    layer without it in this one's place, and what works on every ``torch.nn.ReLU`` (captum's
+    DeepLift) misses it. Where they may come, write batch normalization and ReLU as two layers, and
+    let :func:`normdrop.convert` fuse them.
+
     Args:
         num_features: C, the number of channels K that are normalized.
         eps: ε, inside the root.

@@ -144,8 +144,8 @@ def reverted(model: _Module) -> Iterator[_Module]:
 
     Some tools look for the very classes of torch and pass by all others without a word: torch.fx's
     quantization does not fold batch normalization, opacus' validator does not see it. Inside the
-    block the model is as after :func:`revert`. Behind it the same layers have our classes again, and
-    fusion, ``layout``, ``linear`` and ``memory="low"`` act as before, also after an exception.
+    block the model is as after :func:`revert`. Behind it the same layers have our classes again,
+    and fusion, ``layout``, ``linear`` and ``memory="low"`` act as before, also after an exception.
 
     What was done to the model meanwhile stays: parameters, flags, hooks. A layer that was put in is
     left as it is, and so is one that got another class, or a ``qconfig``; fused code steps aside
