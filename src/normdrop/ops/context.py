@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 __all__ = [
@@ -22,7 +23,8 @@ __all__ = [
     "is_transformed",
 ]
 
-_TENSORS = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_TENSORS = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor})
+"""Torch's own. A FakeTensor has no values, and a rule for every operator that is registered."""
 
 is_compiled = torch.compiler.is_compiling
 """Whether torch.compile or torch.export traces; both understand registered operators."""
