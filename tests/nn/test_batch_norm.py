@@ -181,7 +181,7 @@ def test_batch_norm_statistics_stay_float32_in_a_half_module(dtype):
 def test_batch_norm_half_module_takes_small_inputs(monkeypatch, dtype, training, kernels):
     """Few elements go to torch's operator, which wants γ, α and the statistics of one type."""
     if not kernels:
-        monkeypatch.setattr("normdrop.ops.batch_norm.has_kernels", lambda: False)
+        monkeypatch.setattr("normdrop.ops.paths.has_kernels", lambda: False)
     x = torch.randn(4, 6, 5, 5)
     expected = torch.nn.BatchNorm2d(6).train(training)(x)
     layer = nn.BatchNorm2d(6).to(dtype).train(training)

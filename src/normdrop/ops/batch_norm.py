@@ -16,7 +16,7 @@ from torch import Tensor
 
 from normdrop.memory import recompute
 from normdrop.ops import batch_norm_twice as twice
-from normdrop.ops import context, has_kernels, reference
+from normdrop.ops import context, has_kernels, paths, reference
 from normdrop.ops import dropout as dropout_ops
 from normdrop.ops.activations import activation_of
 
@@ -24,7 +24,6 @@ __all__ = ["Affine", "Drop", "Statistics", "batch_norm", "reason_for_torch"]
 
 NONFINITE = {"propagate": 0, "skip": 1, "raise": 2}
 
-_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -63,7 +62,9 @@ def batch_norm(
     drop: Drop | None = None,
 ) -> Tensor:
     """y = dropout(activation(BN(x) + residual)), by the kernel wherever there is one."""
-    if reason_for_torch(x, statistics, affine, eps) is not None:
+    reason = reason_for_torch(x, statistics, affine, eps)
+    paths.tell("kernel", reason)
+    if reason is not None:
         y = _by_torch(x, statistics, affine, eps)
         return _follow(y, residual, activation, drop)
     if not _is_ordered(x):
@@ -78,18 +79,8 @@ def batch_norm(
 
 def reason_for_torch(x: Tensor, statistics: Statistics, affine: Affine, eps: float) -> str | None:
     """Why torch's operator computes this, which says, too, what is wrong; None for the kernel."""
-    if not has_kernels():
-        return "there are no kernels"
-    if not x.is_cpu:
-        return "the input is not on the CPU"
-    if x.dtype not in _TYPES:
-        return "the input has none of the types float32, float64, bfloat16 and float16"
-    if x.layout is not torch.strided or context.is_subclass(x):
-        return "the input is not a plain tensor"
-    if context.is_exported():
-        return "the model is traced or exported"
-    if context.is_transformed():
-        return "torch.func or forward-mode differentiation transforms it"
+    if (reason := paths.reason_for_torch(x)) is not None:
+        return reason
     running_mean, running_var, training = statistics[:3]
     if x.dim() < 2 or x.numel() == 0:
         return "the input has no channels or no elements"

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from normdrop.memory import recompute
-from normdrop.ops import context, has_kernels, reference
+from normdrop.ops import context, has_kernels, paths, reference
 from normdrop.ops.random import keep_mask, make_seed
 
 __all__ = ["alpha_dropout", "dropout", "make_seed"]
-
-_KERNEL_TYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
 class Rule(NamedTuple):
@@ -86,6 +84,7 @@ def _draw_and_drop(
     if seed is None and generator is None and sample_offset == 0:
         is_exported = context.is_exported()
         if is_exported or not x.is_cpu:
+            paths.tell("kernel", paths.reason_for_torch(x))
             z = _drop_by_torch(x, keep, coefficients, shared_dims, is_exported)
             return x.copy_(z) if inplace else z
     rule = Rule(threshold, *coefficients, sample_offset, shared_dims)
@@ -112,22 +111,11 @@ def _positive_dims(x: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(d % x.dim() for d in dims)
 
 
-def _has_kernel(x: Tensor) -> bool:
-    """A custom operator has no rule for torch.func's transforms and forward-mode derivatives."""
-    return (
-        has_kernels()
-        and x.is_cpu
-        and x.dtype in _KERNEL_TYPES
-        and x.layout is torch.strided
-        and not context.is_subclass(x)
-        and not context.is_exported()
-        and not context.is_transformed()
-    )
-
-
 def drop(x: Tensor, seed: Tensor, rule: Rule, inplace: bool = False) -> Tensor:
     """The dropout of this seed and rule, by the kernel wherever there is one."""
-    if not _has_kernel(x):
+    reason = paths.reason_for_torch(x)
+    paths.tell("kernel", reason)
+    if reason is not None:
         threshold, scale, shift, fill, sample_offset, shared_dims = rule
         shape = tuple(1 if d in shared_dims else size for d, size in enumerate(x.shape))
         mask = keep_mask(shape, threshold, seed, sample_offset)

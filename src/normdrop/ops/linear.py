@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normdrop.ops import context
+from normdrop.ops import context, paths
 
 __all__ = ["linear", "prefers_onednn"]
 
@@ -30,7 +30,9 @@ _LEAST_ROWS = 8
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """torch.nn.functional.linear, by oneDNN for large float32 products on the processors above."""
-    if not _takes(x, weight, bias):
+    reason = _reason_for_torch(x, weight, bias)
+    paths.tell("oneDNN", reason)
+    if reason is not None:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -58,24 +60,26 @@ def _vendor() -> str:
         return platform.processor()
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """What is wrong, or unusual, is left to torch."""
-    if not prefers_onednn() or not context.is_plain(x, weight, bias):
-        return False
+def _reason_for_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why torch computes this; what is wrong, or unusual, is left to it."""
+    if not prefers_onednn():
+        return "oneDNN is no faster on this processor"
+    if not context.is_plain(x, weight, bias):
+        return "a tensor is not plain, or is compiled, traced or transformed"
     for tensor in (x, weight, bias):
         if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_cpu):
-            return False
+            return "a tensor is not float32 on the CPU"
     if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        return False
+        return "the input is one row, or does not fit the weight"
     if bias is not None and bias.shape != weight.shape[:1]:
-        return False
+        return "the bias does not fit the weight"
     if x.numel() < _LEAST_ROWS * weight.shape[1] or x.numel() * weight.shape[0] < _LEAST:
-        return False
-    return not (
-        torch.is_autocast_enabled("cpu")
-        or torch.get_float32_matmul_precision() != "highest"
-        or not torch.backends.mkldnn.enabled
-    )
+        return "the product is small"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if torch.get_float32_matmul_precision() != "highest" or not torch.backends.mkldnn.enabled:
+        return "torch is set to another precision, or to do without oneDNN"
+    return None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
