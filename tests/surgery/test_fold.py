@@ -259,6 +259,8 @@ def test_norm_in_training_mode_is_left_and_goes_on_training():
             "0.1                               in training mode",
             "2.1                  2.0",
             "1 of 2 batch normalizations folded",
+            "dimensions: where 2.1 stood, the folded model also takes a map without a batch "
+            "dimension, for which batch normalization raises",
         ]
     )
     before = model[0][1].running_mean.clone()
@@ -321,25 +323,49 @@ def test_fold_twice_and_inside_inference_mode():
     assert not again[0][0].weight.is_inference()
 
 
-class Optional(N.Module):
-    """Whether it normalizes is an argument, which has a default."""
+class ByName(N.Module):
+    """Whether it normalizes is an argument; a string, as which no tensor shows."""
 
     def __init__(self):
         super().__init__()
         self.conv, self.bn = N.Conv2d(3, 8, 3), N.BatchNorm2d(8)
 
-    def forward(self, x, normalize=True):
+    def forward(self, x, how=None):
         x = self.conv(x)
-        return self.bn(x) if normalize else x
+        return x if isinstance(how, str) else self.bn(x)
+
+
+def test_another_way_than_was_folded_is_refused():
+    model = settled(ByName())
+    x = torch.randn(2, 3, 9, 9)
+    folded = fold(model, {"x": x})
+    assert isinstance(folded.bn, N.Identity)
+    assert_close(folded(x, torch.ones(1)), in_float64(model, x))
+    for _ in range(2):
+        with pytest.raises(UserError, match="to run as when it was folded"):
+            folded(x, "raw")
+        assert_close(folded(x), in_float64(model, x))
+    with pytest.raises(UserError, match="to run as when it was folded"):
+        fold(model, (x, "raw"), inplace=True)
+    assert isinstance(model.bn, N.BatchNorm2d)
+
+
+class Sees(N.Module):
+    """Another path for a size that no proxy has."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = N.Conv2d(3, 8, 3), N.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) if type(x) is not torch.Tensor else y
 
 
 def test_example_shows_another_path():
-    model = settled(Optional())
-    x = torch.randn(2, 3, 9, 9)
-    fold(model, x)
-    fold(model, {"x": x})
+    model = settled(Sees())
     with pytest.raises(UserError, match="differ by"):
-        fold(model, (x, False), inplace=True)
+        fold(model, torch.randn(2, 3, 9, 9), inplace=True)
     assert isinstance(model.bn, N.BatchNorm2d)
 
 

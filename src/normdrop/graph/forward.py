@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from normdrop.graph.modules import CONSTANTS, does_more, has_hooks, is_replaced
 from normdrop.graph.tracing import TENSOR
 
-__all__ = ["Code", "FusedForward"]
+__all__ = ["Code", "Facts", "FusedForward", "is_so"]
 
 _OWN = frozenset({*vars(torch.nn.Module()), "forward", "_compiled_call_impl"})
 """Attributes that every module has."""
@@ -113,7 +113,7 @@ class FusedForward:
     def install(self) -> None:
         """Make this the module's forward; the code rests on what is so now."""
         vars(self.module)["forward"] = self
-        self.facts = self._facts()
+        self.facts = self.noted()
         self._functions = self._compiled()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,14 +128,18 @@ class FusedForward:
                 self._functions = self._compiled()
         run = self._functions.get(module.training)
         if run is not None and module is self.module and self.may_run():
-            tensors = self._tensors(args, kwargs)
+            tensors = self.tensors(args, kwargs)
             if tensors is not None and self._holds(module.training):
                 return run(module, *tensors)
+        self.check(module, args, kwargs)
         return type(module).forward(module, *args, **kwargs)
 
     def may_run(self) -> bool:
         """Whether the code is for a call of this kind."""
         return True
+
+    def check(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise where the forward of the class is not right either."""
 
     def _called(self, caller: Any) -> torch.nn.Module:
         """The module that is called; shallow copies (copy.copy, DataParallel) share this object."""
@@ -160,7 +164,8 @@ class FusedForward:
     def _compiled(self) -> dict[bool, Callable[..., Any]]:
         return {training: code.compiled() for training, code in self.codes.items()}
 
-    def _facts(self) -> Facts:
+    def noted(self) -> Facts:
+        """What is so now."""
         code_of = [self.module, *self.looked_into]
         fixed = {id(module) for module in (*self.looked_into, *self.participants)}
         forwards = [(module, type(module).forward) for module in (*code_of, *self.participants)]
@@ -189,18 +194,20 @@ class FusedForward:
                 facts.equal.append((module, "negative_slope", module.negative_slope))
         return facts
 
-    def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
-        """The tensors to call the code with; None if the call is not as it was traced."""
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The arguments by position; None if some cannot be given so."""
         if kwargs:
             try:
-                bound = inspect.signature(type(self.module).forward).bind(
-                    self.module, *args, **kwargs
-                )
+                signature = inspect.signature(type(self.module).forward)
+                bound = signature.bind(self.module, *args, **kwargs)
             except TypeError:
                 return None
-            if bound.kwargs:
-                return None
-            args = bound.args[1:]
+            return None if bound.kwargs else bound.args[1:]
+        return args
+
+    def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The tensors to call the code with; None if the call is not as it was traced."""
+        args = self.given(args, kwargs) or ()
         if len(args) != len(self.arguments):
             return None
         tensors = []
@@ -223,32 +230,12 @@ class FusedForward:
         for module in self.participants:
             if does_more(module):
                 return False
-        return self.is_unchanged()
-
-    def is_unchanged(self) -> bool:
-        """Whether the facts are what they were."""
-        facts = self.facts
-        for module, forward in facts.forwards:
-            if type(module).forward is not forward:
-                return False
-        for owner, name, value in facts.equal:
-            if _attributes(owner).get(name, _MISSING) != value:
-                return False
-        for owner, name, value in facts.same:
-            if _attributes(owner).get(name, _MISSING) is not value:
-                return False
-        for children, name in facts.present:
-            if children.get(name) is None:
-                return False
-        for now, then in facts.lists:
-            if len(now) != len(then) or not all(map(operator.is_, now, then)):
-                return False
-        return all(len(children) == length for children, length in facts.lengths)
+        return is_so(self.facts)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: no code where it would not know what the code rests on."""
         owners = (owner for owner, _, _ in (*self.facts.equal, *self.facts.same))
-        may_copy = self.is_unchanged() and not any(map(_copies_itself, owners))
+        may_copy = is_so(self.facts) and not any(map(_copies_itself, owners))
         if may_copy and _can_pickle([forward for _, forward in self.facts.forwards]):
             codes = {k: v for k, v in self.codes.items() if _can_pickle(v)}
             return {**vars(self), "codes": codes, "_functions": None}
@@ -257,6 +244,26 @@ class FusedForward:
 
     def __repr__(self) -> str:
         return f"<fused forward of {type(self.module).__name__}>"
+
+
+def is_so(facts: Facts) -> bool:
+    """Whether everything is as it was noted."""
+    for module, forward in facts.forwards:
+        if type(module).forward is not forward:
+            return False
+    for owner, name, value in facts.equal:
+        if _attributes(owner).get(name, _MISSING) != value:
+            return False
+    for owner, name, value in facts.same:
+        if _attributes(owner).get(name, _MISSING) is not value:
+            return False
+    for children, name in facts.present:
+        if children.get(name) is None:
+            return False
+    for now, then in facts.lists:
+        if len(now) != len(then) or not all(map(operator.is_, now, then)):
+            return False
+    return all(len(children) == length for children, length in facts.lengths)
 
 
 def _attributes(owner: Any) -> dict[str, Any]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +11,8 @@ from torch.fx import Node
 from normdrop import nn
 from normdrop.graph.modules import does_more
 from normdrop.graph.nodes import name_of, only_user
-from normdrop.graph.scopes import find_traces
 from normdrop.graph.tracing import Trace
+from normdrop.graph.uses import Uses
 from normdrop.nn.conv2d import Conv2d
 from normdrop.nn.linear import Linear
 
@@ -77,10 +74,9 @@ class Matches:
 
 def find_matches(model: torch.nn.Module) -> Matches:
     """Match every batch normalization with the layer before it, or say why not."""
-    traces = list(find_traces(model, lambda module: (module.training,), {}))
-    uses = _Uses(model, traces)
+    uses = Uses(model)
     matches = Matches()
-    for trace in traces:
+    for trace in uses.traces:
         may_do_more = [n for n, m in trace.modules.items() if _may_add_and_activate(n, m, uses)]
         matches.convolutions.append((trace, may_do_more))
     for path, module in model.named_modules():
@@ -98,44 +94,6 @@ def find_matches(model: torch.nn.Module) -> Matches:
     return matches
 
 
-class _Uses:
-    """Where the modules of a model are called, and whether anything else has a part in them."""
-
-    def __init__(self, model: torch.nn.Module, traces: list[Trace]) -> None:
-        self.paths = {module: path for path, module in model.named_modules()}
-        self.places: dict[torch.nn.Module, tuple[Trace, Node]] = {}
-        self.calls: Counter[torch.nn.Module] = Counter()
-        modules = list(model.modules())
-        self.held = Counter(child for m in modules for child in m._modules.values())
-        self.owners: Counter[int] = Counter()
-        for module in modules:
-            self.owners.update({id(t) for t in _tensors(module)})
-        for trace in traces:
-            for node in trace.graph.nodes:
-                if node.op == "call_module":
-                    module = trace.modules[node]
-                    self.calls[module] += 1
-                    self.places[module] = trace, node
-                elif node.op == "get_attr":
-                    read = operator.attrgetter(str(node.target))(trace.root)
-                    self.owners[id(read)] += 1
-
-    def against(self, module: torch.nn.Module) -> str:
-        """Say what forbids to change a module."""
-        if self.held[module] > 1 or self.calls[module] > 1:
-            return "used more than once"
-        if any(self.owners[id(tensor)] > 1 for tensor in _tensors(module)):
-            return "shares a parameter, or it is read elsewhere"
-        if self.calls[module] == 0:
-            return "no forward that can be traced calls it"
-        return ""
-
-
-def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    held = (*module._parameters.values(), *module._buffers.values())
-    return (tensor for tensor in held if tensor is not None)
-
-
 def _against_norm(norm: BatchNorm) -> str:
     """Say what forbids to fold a batch normalization, whatever is before it."""
     if type(norm) not in _NORMS:
@@ -151,7 +109,7 @@ def _against_norm(norm: BatchNorm) -> str:
     return ""
 
 
-def _against_layer(record: Trace, node: Node, norm: BatchNorm, uses: _Uses) -> str:
+def _against_layer(record: Trace, node: Node, norm: BatchNorm, uses: Uses) -> str:
     """Say what forbids to fold a batch normalization into the layer before it."""
     before = node.args[0] if node.args else None
     if not isinstance(before, Node):
@@ -176,10 +134,10 @@ def _against_layer(record: Trace, node: Node, norm: BatchNorm, uses: _Uses) -> s
     weight: Any = layer.weight
     if not weight.is_floating_point():
         return f"{target} has a weight of {weight.dtype}"
-    return ""
+    return uses.against_pair(layer, norm)
 
 
-def _may_add_and_activate(node: Node, layer: torch.nn.Module, uses: _Uses) -> bool:
+def _may_add_and_activate(node: Node, layer: torch.nn.Module, uses: Uses) -> bool:
     return (
         type(layer) in (torch.nn.Conv2d, Conv2d)
         and len(node.args) == 1

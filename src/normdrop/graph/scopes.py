@@ -16,6 +16,7 @@ def find_traces(
     modes: Callable[[torch.nn.Module], Sequence[bool]],
     failures: dict[torch.nn.Module, str],
     is_of_interest: Callable[[torch.nn.Module], bool] = lambda _: True,
+    accepts: Callable[[Trace], str | None] = lambda _: None,
     done: set[torch.nn.Module] | None = None,
 ) -> Iterator[Trace]:
     """Trace the model, or where that fails its children, and theirs, each by itself.
@@ -25,6 +26,7 @@ def find_traces(
         modes: for which training flags.
         failures: takes up what cannot be traced, and why.
         is_of_interest: others are passed by, with all that is in them.
+        accepts: says why a graph counts as none; None where it counts.
         done: what was traced before.
     """
     done = set() if done is None else done
@@ -39,13 +41,16 @@ def find_traces(
         except (Untraceable, TypeError, ValueError) as error:  # the last two: no signature
             failures[model] = _first_line(error)
             continue
+        if (why := accepts(found)) is not None:
+            failures[model] = why
+            continue
         visited.update(call.module for calls in found.calls.values() for call in calls)
         called.update(found.modules.values())
         yield found
     done |= visited
     # What was called as a whole, or not at all, is traced by itself.
     for child in _outermost(model, visited, called):
-        yield from find_traces(child, modes, failures, is_of_interest, done)
+        yield from find_traces(child, modes, failures, is_of_interest, accepts, done)
 
 
 def _outermost(

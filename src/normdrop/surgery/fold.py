@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,15 @@ class FoldRow:
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """The rows of :func:`fold_plan`; ``print`` gives a table."""
+    """What :func:`fold_plan` gives; ``print`` gives a table.
+
+    Attributes:
+        rows: one for each batch normalization.
+        notes: where the folded model takes inputs of other dimensions than the model.
+    """
 
     rows: tuple[FoldRow, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def folded(self) -> tuple[FoldRow, ...]:
@@ -68,7 +75,7 @@ class FoldPlan:
             for line in lines
         ]
         total = f"{len(self.folded)} of {len(self.rows)} batch normalizations folded"
-        return "\n".join([*table, total])
+        return "\n".join([*table, total, *self.notes])
 
     __repr__ = __str__
 
@@ -85,6 +92,7 @@ def fold_plan(model: torch.nn.Module) -> FoldPlan:
         batch normalization  folded into  why not
         1                    0
         1 of 1 batch normalizations folded
+        dimensions: where 1 stood, the folded model also takes a map without a batch dimension, ...
     """
     check_model("fold_plan", model)
     return _plan(model, find_matches(model))
@@ -95,7 +103,31 @@ def _plan(model: torch.nn.Module, matches: Matches) -> FoldPlan:
     rows = {path: FoldRow(path, into.get(path), "") for path in into}
     rows.update({path: FoldRow(path, None, why) for path, why in matches.left.items()})
     order = [name for name, _ in model.named_modules() if name in rows]
-    return FoldPlan(tuple(rows[name] for name in order))
+    return FoldPlan(tuple(rows[name] for name in order), tuple(_notes(matches)))
+
+
+def _notes(matches: Matches) -> Iterator[str]:
+    """Say where a folded layer takes inputs of other dimensions than the two that it was."""
+    vectors: list[str] = []
+    maps: list[str] = []
+    for match in matches.found:
+        (vectors if isinstance(match.norm, torch.nn.BatchNorm1d) else maps).append(match.norm_path)
+    if vectors:
+        yield (
+            f"dimensions: where {_named(vectors)} stood, the folded model takes (N, C) behind a "
+            "linear layer and (N, C, L) behind a convolution, and raises for what BatchNorm1d "
+            "takes besides"
+        )
+    if maps:
+        yield (
+            f"dimensions: where {_named(maps)} stood, the folded model also takes a map without a "
+            "batch dimension, for which batch normalization raises"
+        )
+
+
+def _named(paths: list[str]) -> str:
+    shown = ", ".join(path or "(model)" for path in paths[:3])
+    return shown if len(paths) <= 3 else f"{shown} and {len(paths) - 3} more"
 
 
 def fold(
@@ -133,9 +165,12 @@ def fold(
 
     Left as they are, and named with the reason by :func:`fold_plan`: batch normalizations in
     training mode or without running statistics; layers with hooks, of unknown classes, that are
-    used twice or share a parameter; a layer whose output is read by anything else. What follows
-    what is read off ``torch.fx``, for the model, or where it cannot be traced for its children.
-    That is about what the forward calls: whoever calls a part of the model by itself, ending
+    used twice or share a parameter; a layer whose output is read by anything else, or may be where
+    an argument with a default, or one of several norms, chooses what runs. What follows what is
+    read off ``torch.fx``, for the model, or where it cannot be traced for its children, if its code
+    does no more with them than to call them. Where an attribute or argument that is set later makes
+    the forward run another way, a call of the folded model raises instead of being wrong.
+    All that is about what the forward calls: whoever calls a part of the model by itself, ending
     between a convolution and its batch normalization, gets the folded layer's output there.
 
     Args:
@@ -211,14 +246,15 @@ def _fold(model: torch.nn.Module, fuse_convolutions: bool) -> None:
     fusion.remove(model)
     restore_memory(model)
     matches = find_matches(model)
+    pairs = defaultdict(list)
     for match in matches.found:
         stand_in = _fold_one(match)
+        pairs[match.trace].append((match.layer, stand_in))
         head, _, name = match.norm_path.rpartition(".")
         setattr(model.get_submodule(head), name, stand_in)
         match.trace.modules[match.norm_node] = stand_in
-    if fuse_convolutions:
-        for trace, nodes in matches.convolutions:
-            absorb(trace, nodes)
+    for trace, nodes in matches.convolutions:
+        absorb(trace, nodes if fuse_convolutions else [], pairs[trace])
 
 
 def _fold_one(match: Match) -> torch.nn.Module:
