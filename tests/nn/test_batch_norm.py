@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+import normdrop
 from normdrop import functional, nn
 
 PAIRS = [
@@ -189,6 +190,80 @@ def test_batch_norm_half_module_takes_small_inputs(monkeypatch, dtype, training,
     y.sum().backward()
     assert y.dtype == layer.weight.grad.dtype == layer.bias.grad.dtype == dtype
     torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def _loaded(layer, dtype, **options):
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in _state(layer)}
+    layer.load_state_dict(state, **options)
+    return layer
+
+
+def _state(layer):
+    return layer.state_dict().items()
+
+
+def _swapped(layer, dtype):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return _loaded(layer, dtype, assign=True)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def _assigned(layer, dtype):
+    layer.running_mean, layer.running_var = (
+        layer.running_mean.to(dtype),
+        layer.running_var.to(dtype),
+    )
+    return layer
+
+
+def _unpickled(layer, dtype):
+    for name in ("running_mean", "running_var"):
+        layer._buffers[name] = layer._buffers[name].to(dtype)  # as older pickles have them
+    return pickle.loads(pickle.dumps(layer))
+
+
+def _reverted(layer, dtype):
+    with normdrop.reverted(layer):
+        layer.to(dtype)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "arrive",
+    [
+        lambda layer, dtype: layer.to(dtype),
+        lambda layer, dtype: torch.nn.Sequential(layer).type(dtype)[0],
+        lambda layer, dtype: _loaded(layer, dtype),
+        lambda layer, dtype: _loaded(layer, dtype, assign=True),
+        lambda layer, dtype: _loaded(layer.to("meta"), dtype).to_empty(device="cpu"),
+        lambda layer, dtype: normdrop.convert(torch.nn.BatchNorm2d(3).to(dtype)),
+        *(_swapped, _assigned, _unpickled, _reverted),
+    ],
+    ids=[
+        *("to", "type", "load", "load_assign", "load_meta", "convert"),
+        *("swap", "assign", "unpickle", "reverted"),
+    ],
+)
+def test_batch_norm_statistics_are_float32_however_they_arrive(arrive, dtype):
+    layer = arrive(nn.BatchNorm2d(3), dtype)
+    assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
+    assert set(dict(layer.named_buffers())) == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+    assert layer.num_batches_tracked.dtype == torch.int64
+
+
+def test_batch_norm_loaded_in_bfloat16_follows_a_mean_of_100():
+    layer = _loaded(nn.BatchNorm1d(1), torch.bfloat16, assign=True)
+    x = torch.full((64, 1), 100.0) + torch.linspace(-1, 1, 64)[:, None]
+    for _ in range(200):
+        layer(x.bfloat16())
+    assert layer.running_mean.item() == pytest.approx(100.0, abs=0.1)
 
 
 def test_batch_norm_conversion_to_half_does_not_round_the_statistics():

@@ -15,6 +15,7 @@ from normdrop.ops import context
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 _STATISTICS = ("running_mean", "running_var")
+_HALF = (torch.half, torch.bfloat16)
 
 _backward_pass = torch._C._current_graph_task_id
 
@@ -109,23 +110,35 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.register_parameter("bias", None)
         self.activation = functional.check_activation(activation)
         self.nonfinite = functional.check_nonfinite(nonfinite)
-        self._widen_statistics(self._buffers)
+        self.widen_statistics()
 
-    def _widen_statistics(self, before: dict[str, Tensor | None]) -> None:
+    def widen_statistics(self, before: dict[str, Tensor | None] | None = None) -> None:
         """Keep the running statistics in float32 where the module is half or bfloat16.
 
         A float16 variance overflows at 65504 and a bfloat16 mean cannot move by less than 1/256.
+
+        Args:
+            before: the buffers before they were rounded, if it is known.
         """
         for name in _STATISTICS:
-            value, old = self._buffers[name], before[name]
-            if value is None or old is None or value.dtype not in (torch.half, torch.bfloat16):
-                continue
-            self._buffers[name] = old.to(value.device, torch.float32)
+            value = self._buffers[name]
+            old = value if before is None else before[name]
+            if value is not None and old is not None and value.dtype in _HALF:
+                self._buffers[name] = old.to(value.device, torch.float32)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _STATISTICS and isinstance(value, Tensor) and value.dtype in _HALF:
+            value = value.float()
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        self.widen_statistics()  # torch's set_swap_module_params_on_conversion gets past all else
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BatchNorm:
         before = {name: self._buffers[name] for name in _STATISTICS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._widen_statistics(before)
+        self.widen_statistics(before)
         return self
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -212,6 +225,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         # Modules pickled by torch's class and read as ours have neither.
         state = {"activation": None, "nonfinite": "propagate", **state}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.widen_statistics()
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):

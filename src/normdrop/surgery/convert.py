@@ -12,6 +12,7 @@ from normdrop.arguments import check_choice, check_flag, check_model
 from normdrop.graph import fusion
 from normdrop.graph.forward import FusedForward
 from normdrop.memory.low import Memory, memory_restored, restore_memory, with_memory
+from normdrop.nn import batch_norm
 from normdrop.nn.conv2d import Conv2d
 from normdrop.nn.linear import Linear
 from normdrop.surgery.layout import Layout, set_layout
@@ -100,9 +101,7 @@ def convert(
     set_linear(model, linear)
     found = fusion.find(model) if fuse else []
     for module in replaceable(model):
-        # Whatever keeps a reference to the layer goes on meaning the same object.
-        module.__class__ = CLASSES[type(module)]
-        vars(module).update(_extras(module))
+        _give_class(module, CLASSES[type(module)])
     for forward in found:
         forward.install()
     return with_memory(model, memory)
@@ -184,10 +183,17 @@ def reverted(model: _Module) -> Iterator[_Module]:
         finally:
             for module, kind in layers:
                 if type(module) is _TORCH[kind] and getattr(module, "qconfig", None) is None:
-                    module.__class__ = kind
-                    vars(module).update(_extras(module))
+                    _give_class(module, kind)
             for module, forward in forwards:
                 vars(module).setdefault("forward", forward)
+
+
+def _give_class(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
+    """Make a layer ours; whatever keeps a reference to it goes on meaning the same object."""
+    module.__class__ = kind
+    vars(module).update(_extras(module))
+    if isinstance(module, batch_norm._BatchNorm):
+        module.widen_statistics()
 
 
 def _ours(who: str, model: torch.nn.Module) -> list[torch.nn.Module]:
