@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from normdrop.errors import UserError
+from normdrop.errors import Diverged, UserError
 from normdrop.flags import parse, unknown
 from normdrop.runs.options import (
     DataOptions,
@@ -55,12 +55,18 @@ def train(
     from normdrop.training.show import conclude
 
     keep_freed_memory_unless_told()
-    folder = train(Options(data, network, recipe, run), resume=resume)
+    diverged = None
+    try:
+        folder = train(Options(data, network, recipe, run), resume=resume)
+    except Diverged as error:
+        diverged, folder = error, error.folder
     if run.report:
         from normdrop.report.report import write_report
 
         write_report(folder)
     conclude(folder)
+    if diverged is not None:
+        raise diverged
 
 
 def evaluate(
@@ -157,7 +163,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; give the exit code: 0, 2 for what the user gave, 130 for Ctrl-C."""
+    """Run a command; give the exit code.
+
+    0, 1 for a run that diverged, 2 for what the user gave, 130 for Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["--version"]:
         arguments = ["version"]
@@ -170,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _run(arguments[0], arguments[1:])
     except UserError as error:
         print(f"normdrop: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, Diverged) else 2
     except SystemExit as done:  # The help of a command was shown.
         return int(done.code or 0)
     except BrokenPipeError:

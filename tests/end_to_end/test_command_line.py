@@ -132,7 +132,7 @@ def test_two_processes_pass_on_one_sentence(tmp_path):
         [*SMALL, "--epochs", "2", "--devices", "2", "--learning-rate", "1e20"], tmp_path
     )
     _, err = process.communicate(timeout=400)
-    assert process.returncode == 2, err
+    assert process.returncode == 1, err
     assert err.splitlines()[-1].startswith("normdrop: The loss is nan in epoch 1")
     assert "Traceback" not in err
 

@@ -341,6 +341,19 @@ def test_report_names_a_damaged_file_and_keeps_the_page(make_run, name):
     assert (folder / "report.html").read_text() == "before"
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", "junk\n", "epoch,step\n1,2\n", "{whole}3,4\n", "{whole}7,77,0,0,0,0,0,0,0\n"],
+    ids=["empty", "junk", "other columns", "cut off", "epochs are missing"],
+)
+def test_report_refuses_metrics_that_no_run_wrote(make_run, text):
+    folder = make_run(epochs=2, layers=1)
+    whole = (folder / "metrics.csv").read_text()
+    (folder / "metrics.csv").write_text(text.replace("{whole}", whole))
+    with pytest.raises(UserError, match=r"Cannot read .*metrics\.csv"):
+        write_report(folder)
+
+
 def test_report_that_cannot_be_written_keeps_the_page(make_run, monkeypatch):
     folder = make_run(epochs=2, layers=1, finished=False)
     (folder / "report.html").write_text("before")

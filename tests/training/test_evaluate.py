@@ -44,8 +44,8 @@ def test_a_finished_run_holds_everything(finished_run):
     result = result_of(finished_run)
     assert set(result) == {
         "split", "flip_test", "count", "accuracy", "accuracy_interval", "loss", "calibration_error",
-        "per_class", "confusion", "reliability", "epochs", "best_epoch", "train_seconds",
-        "parameters", "machine", "command",
+        "per_class", "confusion", "reliability", "epochs", "best_epoch", "diverged",
+        "train_seconds", "parameters", "machine", "command",
     }  # fmt: skip
     assert result["command"] == f"normdrop train --config {finished_run / 'options.yaml'}"
     record = json.loads((finished_run / "run.json").read_text())
@@ -349,8 +349,25 @@ def test_weights_of_another_network_are_named(finished_run, tmp_path):
 def test_a_run_without_weights_says_how_to_finish_it(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     (run / "weights.safetensors").unlink()
+    (run / "result.json").unlink()
     with pytest.raises(UserError, match="has no weights yet; finish it with: normdrop train"):
         load_network(run)
+
+
+def test_weights_that_were_lost_are_written_again(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    whole = (run / "weights.safetensors").read_bytes()
+    (run / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has lost its weights; write them again .* --resume"):
+        evaluate(run)
+    assert train(resume=run) == run
+    assert (run / "weights.safetensors").read_bytes() == whole
+    (run / "weights.safetensors").unlink()
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="lost its weights and its checkpoints; train again with"):
+        evaluate(run)
+    with pytest.raises(UserError, match="is finished; train again with"):
+        train(resume=run)
 
 
 def test_a_file_is_no_run_folder(tmp_path):

@@ -3,14 +3,17 @@
 import csv
 import errno
 import json
+import math
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 
 from normdrop import cli
-from normdrop.errors import UserError
+from normdrop.errors import Diverged, UserError
+from normdrop.report.report import write_report
 from normdrop.runs import write
 from normdrop.runs.weights import load_network
 from normdrop.training.evaluate import evaluate
@@ -184,6 +187,62 @@ def test_a_relative_path_is_kept_whole(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run(small):
     with pytest.raises(UserError, match="The loss is nan in epoch 1; train again with a lower"):
         train(small(learning_rate=1e20))
+
+
+def weights_of(run):
+    return safetensors.torch.load_file(run / "weights.safetensors")
+
+
+@pytest.mark.parametrize("learning_rate", [1e20, 1e30])
+def test_a_run_that_diverges_at_once_leaves_a_result_that_says_so(
+    tmp_path, monkeypatch, capsys, learning_rate
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", "resnet8", "--width", "4", "--threads", "1", "--epochs", "2"]
+    command = ["train", *arguments, "--learning-rate", str(learning_rate), "--name", "x"]
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("normdrop: The")
+    assert said.endswith("in epoch 1; train again with a lower --learning-rate\n")
+    result = json.loads((tmp_path / "runs" / "x" / "result.json").read_text())
+    assert (result["diverged"], result["epochs"], result["best_epoch"]) == (1, 1, 0)
+    assert "accuracy" not in result
+    assert "This run diverged: in epoch 1" in (tmp_path / "runs" / "x" / "report.html").read_text()
+    assert cli.main(["evaluate", "runs/x"]) == 2
+    assert "diverged in epoch 1 and left no weights" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "runs/x"]) == 2
+    assert "is finished; train again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["weight", "validation loss"])
+def test_a_run_that_diverges_later_is_tested_with_its_best_epoch(
+    small, monkeypatch, finished_run, where
+):
+    epoch_end = Task.on_validation_epoch_end
+
+    def poisoned(task):
+        epoch_end(task)
+        if task.current_epoch == 1:
+            if where == "weight":
+                task.network.fc.weight.data[0, 0] = math.inf
+            else:
+                task.row["val_loss"] = math.nan
+
+    monkeypatch.setattr(Task, "on_validation_epoch_end", poisoned)
+    with pytest.raises(Diverged, match=rf"{where} is n.* epoch 2; the weights of epoch 1 are kept"):
+        train(small(name="x"))
+    run = Path(small().run.runs_dir) / "x"
+    result = json.loads((run / "result.json").read_text())
+    assert (result["diverged"], result["epochs"], result["best_epoch"]) == (2, 2, 1)
+    assert all(value.isfinite().all() for value in weights_of(run).values())
+    assert evaluate(run)["accuracy"] == result["accuracy"]
+    page = write_report(run).read_text()
+    assert "This run diverged: in epoch 2" in page
+    assert "the test and the weights are those of epoch 1" in page
+    # A run that was killed before its result says the same.
+    (run / "result.json").unlink()
+    with pytest.raises(Diverged, match="epoch 2"):
+        train(resume=run)
 
 
 def test_lightning_is_silent(small, capfd, recwarn):

@@ -83,7 +83,8 @@ def _claim(run: RunFolder) -> str:
     result = run.result
     if result is None:
         done = counted(run.epochs, "epoch")
-        return f"{run.network} on {run.data}: {done} recorded, not yet evaluated."
+        state = "not yet evaluated" if run.diverged is None else "then it diverged"
+        return f"{run.network} on {run.data}: {done} recorded, {state}."
     low, high = result["accuracy_interval"]
     machine = result.get("machine", {})
     kernels = "with native kernels" if machine.get("kernels") else "without native kernels"
@@ -136,6 +137,17 @@ def _facts(run: RunFolder) -> list[tuple[str, str, str]]:
 
 
 def _unfinished(run: RunFolder) -> str:
+    if run.diverged is not None:
+        best = run.result["best_epoch"] if run.result else 0
+        what = (
+            f"the test and the weights are those of epoch {best}"
+            if best
+            else "there is no test result"
+        )
+        return (
+            f"This run diverged: in epoch {run.diverged} the loss or a weight was no longer "
+            f"finite, so {what}. Train again with a lower learning rate."
+        )
     if run.result is not None:
         missing = [name for name in run.missing if name != METRICS]
         if not missing:

@@ -64,11 +64,11 @@ def describe_loss(run: RunFolder) -> Sentence:
     m = run.metrics
     epoch, train, val = m["epoch"].astype(int), m["train_loss"], m["val_loss"]
     smoothing = run.options.recipe.label_smoothing if run.options else None
-    bad = _first_bad_epoch(m, "train_loss", "val_loss")
+    bad = _first_bad_epoch(m, "train_loss", "val_loss") or run.diverged
     if bad is not None:
         return Sentence(
             "The loss on the training and on the validation split, epoch by epoch.",
-            f"The loss was missing or not finite in epoch {bad}: "
+            f"The loss or a weight was missing or not finite in epoch {bad}: "
             "the learning rate may be too high, or the data may hold NaN or infinite values.",
             warning=True,
         )

@@ -30,7 +30,15 @@ from normdrop.runs.folder import (
 from normdrop.runs.network import build_network
 from normdrop.runs.options import Options
 
-__all__ = ["DropoutLayer", "NormLayer", "RunFolder", "read_options", "read_record", "read_run"]
+__all__ = [
+    "DropoutLayer",
+    "NormLayer",
+    "RunFolder",
+    "read_options",
+    "read_record",
+    "read_result",
+    "read_run",
+]
 
 Array = NDArray[Any]
 
@@ -61,7 +69,8 @@ class RunFolder:
     """The files of one run, read and checked.
 
     A run that was stopped lacks some of them: ``result``, ``probabilities``, ``labels`` are then
-    None and ``norm_layers`` is empty; ``missing`` names the files.
+    None and ``norm_layers`` is empty; ``missing`` names the files. ``diverged`` is the epoch that
+    left the finite numbers; where it was the first, there is no ``result`` either.
     """
 
     path: Path
@@ -69,6 +78,7 @@ class RunFolder:
     record: dict[str, Any]
     metrics: dict[str, Array]
     result: dict[str, Any] | None
+    diverged: int | None
     probabilities: Array | None
     labels: Array | None
     mistakes: Array
@@ -148,6 +158,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def read_result(folder: Path) -> dict[str, Any]:
+    """What result.json of a finished run holds; without a test where the run diverged at once.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    result = _read_json(_present(folder, RESULT))
+    record = read_record(folder)
+    if not (result.get("diverged") and "accuracy" not in result):
+        _check_result(folder / RESULT, result, len(record["network"]["classes"]))
+    return result
+
+
 def read_run(path: str | os.PathLike[str]) -> RunFolder:
     """Read everything that a run wrote, as far as it came.
 
@@ -163,9 +186,11 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
     missing = tuple(name for name in names if not (folder / name).is_file())
     classes = len(record["network"]["classes"])
     result, evaluation, mistakes = None, dict[str, Array](), dict[str, Any]()
+    diverged = None
     if RESULT not in missing:
-        result = _read_json(folder / RESULT)
-        _check_result(folder / RESULT, result, classes)
+        result = read_result(folder)
+        diverged = result.get("diverged")
+        result = result if "accuracy" in result else None
     if EVALUATION not in missing:
         evaluation = _read_tensors(folder / EVALUATION)
         _check_evaluation(folder / EVALUATION, evaluation, classes)
@@ -177,6 +202,7 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
         record=record,
         metrics=_read_metrics(folder / METRICS, there=METRICS not in missing),
         result=result,
+        diverged=diverged,
         probabilities=evaluation.get("probabilities"),
         labels=evaluation.get("labels"),
         mistakes=evaluation.get("mistakes", np.zeros(0, dtype=np.int64)),
@@ -271,14 +297,17 @@ def _read_metrics(path: Path, *, there: bool) -> dict[str, Array]:
     if there:
         try:
             with path.open(encoding="utf-8", newline="") as file:
-                rows = [
-                    [float(row.get(name) or "nan") for name in COLUMNS]
-                    for row in csv.DictReader(file)
-                ]
+                header, *lines = list(csv.reader(file)) or [[]]
+            if header != list(COLUMNS):
+                raise ValueError("its first line does not name the columns of a run")
+            if any(len(line) != len(COLUMNS) for line in lines):
+                raise ValueError("a line is cut off")
+            rows = [[float(value or "nan") for value in line] for line in lines]
         except (OSError, ValueError, csv.Error) as error:
             raise damaged(path, error) from error
     table = np.array(rows, dtype=np.float64).reshape(-1, len(COLUMNS))
-    table = table[np.isfinite(table[:, 0])]
+    if table[:, 0].tolist() != list(range(1, len(table) + 1)):
+        raise damaged(path, "its epochs are not counted from 1")
     return {name: table[:, column] for column, name in enumerate(COLUMNS)}
 
 

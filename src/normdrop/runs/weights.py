@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from normdrop.errors import UserError
-from normdrop.runs.folder import WEIGHTS, command_to_resume, damaged
+from normdrop.runs.folder import (
+    RESULT,
+    WEIGHTS,
+    best_checkpoint,
+    command_to_repeat,
+    command_to_resume,
+    damaged,
+)
 from normdrop.runs.network import build_network
-from normdrop.runs.read import read_record
+from normdrop.runs.read import read_record, read_result
 
 __all__ = ["best_weights", "load_checkpoint", "load_network", "with_weights"]
 
@@ -31,15 +38,33 @@ def load_network(folder: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
     record = read_record(folder)
     path = folder / WEIGHTS
     if not path.exists():
-        raise UserError(
-            f"The run {folder} has no weights yet; finish it with: {command_to_resume(folder)}"
-        )
+        raise UserError(_without_weights(folder))
     network = build_network(record["network"])
     try:
         weights = safetensors.torch.load(path.read_bytes())
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise damaged(path, error) from error
     return with_weights(network, weights, path).eval(), record
+
+
+def _without_weights(folder: Path) -> str:
+    """Why a run has no weights, and how to get some."""
+    if not (folder / RESULT).exists():
+        return f"The run {folder} has no weights yet; finish it with: {command_to_resume(folder)}"
+    if best_checkpoint(folder).exists():
+        return (
+            f"The run {folder} has lost its weights; write them again from its checkpoint with: "
+            f"{command_to_resume(folder)}"
+        )
+    if diverged := read_result(folder).get("diverged"):
+        return (
+            f"The run {folder} diverged in epoch {diverged} and left no weights; train again with "
+            f"a lower learning rate: {command_to_repeat(folder)} --learning-rate …"
+        )
+    return (
+        f"The run {folder} has lost its weights and its checkpoints; train again with: "
+        f"{command_to_repeat(folder)}"
+    )
 
 
 def with_weights(

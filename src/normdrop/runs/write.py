@@ -43,6 +43,7 @@ __all__ = [
     "write_checkpoint",
     "write_end",
     "write_metrics",
+    "write_result",
     "write_start",
 ]
 
@@ -151,6 +152,11 @@ def write_end(
     _write_tensors(folder / WEIGHTS, weights)
     _write_tensors(folder / EVALUATION, evaluation)
     _write_json(folder / MISTAKE_NAMES, {"mistake_names": list(mistake_names)})
+    write_result(folder, result)
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write result.json, which makes the run a finished one."""
     _write_json(folder / RESULT, result)
 
 

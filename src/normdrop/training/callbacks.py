@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from normdrop.errors import UserError
 from normdrop.runs.folder import COLUMNS, best_checkpoint, cannot_write, last_checkpoint
 from normdrop.runs.write import keep_best_as_last, write_checkpoint, write_metrics
 from normdrop.training.task import Task
@@ -48,26 +48,30 @@ class Record(pl.callbacks.Checkpoint):
         self.folder = folder
         self.rows: list[dict[str, float]] = []
         self.best_epoch = 0
+        self.diverged: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows so far and the best epoch."""
-        return {"rows": self.rows, "best_epoch": self.best_epoch}
+        """The rows so far, the best epoch, and the one whose figures or weights are not finite."""
+        return {"rows": self.rows, "best_epoch": self.best_epoch, "diverged": self.diverged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
         self.rows = list(state_dict["rows"])
         self.best_epoch = state_dict["best_epoch"]
+        self.diverged = state_dict["diverged"]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the epoch down."""
+        """Write the epoch down; where it left the finite numbers, it is the last one."""
         assert isinstance(pl_module, Task)
-        self._check_finite(pl_module.row)
         self.rows.append(dict(pl_module.row))
+        if not _is_finite(self.rows[-1], pl_module.network):
+            self.diverged = len(self.rows)
+            trainer.should_stop = True
         best = self.rows[self.best_epoch - 1] if self.best_epoch else None
-        better = best is None or _rank(self.rows[-1]) > _rank(best)
+        better = not self.diverged and (best is None or _rank(self.rows[-1]) > _rank(best))
         if better:
             self.best_epoch = len(self.rows)
-        if trainer.logger is not None:
+        if trainer.logger is not None and not self.diverged:
             trainer.logger.log_metrics(
                 {name: self.rows[-1][name] for name in COLUMNS[2:]}, trainer.global_step
             )
@@ -80,15 +84,6 @@ class Record(pl.callbacks.Checkpoint):
                 write_metrics(self.folder, self.rows)
         except OSError as error:
             raise cannot_write(error, self.folder) from error
-
-    def _check_finite(self, row: dict[str, float]) -> None:
-        if math.isfinite(row["train_loss"]):
-            return
-        whole = f"; the epochs before are kept in {self.folder}" if self.rows else ""
-        raise UserError(
-            f"The loss is {row['train_loss']} in epoch {row['epoch']}{whole}; "
-            "train again with a lower --learning-rate"
-        )
 
 
 class Display(pl.Callback):
@@ -183,6 +178,16 @@ def silence() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("pytorch_lightning", "lightning_fabric"):
         warnings.filterwarnings("ignore", module=rf"{module}\b.*")
+
+
+def _is_finite(row: dict[str, float], network: torch.nn.Module) -> bool:
+    """Whether losses and weights are finite; without validation samples its loss is zero."""
+    weights = (value for value in network.state_dict().values() if value.is_floating_point())
+    return (
+        math.isfinite(row["train_loss"])
+        and math.isfinite(row["val_loss"])
+        and all(bool(value.isfinite().all()) for value in weights)
+    )
 
 
 def _rank(row: dict[str, float]) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from normdrop.training.measure import (
     predict_batches,
 )
 
-__all__ = ["evaluate", "finish"]
+__all__ = ["conclusion", "evaluate", "finish"]
 
 MISTAKES = 24
 BATCH = 256
@@ -78,38 +78,44 @@ def finish(
     folder: Path,
     network: torch.nn.Module,
     datamodule: data.DataModule,
+    end: Mapping[str, Any],
     *,
-    epochs: int,
-    best_epoch: int,
-    train_seconds: float,
     flip: bool = False,
-) -> dict[str, Any]:
-    """Test the weights once, and write them and what the test says."""
+) -> None:
+    """Test the weights once, and write them and what the test says.
+
+    Args:
+        folder: the run's.
+        network: with the weights of the best epoch.
+        datamodule: the run's.
+        end: epochs, best_epoch, diverged and train_seconds.
+        flip: average over each image and its mirror image.
+    """
     probabilities, labels = predict_batches(network, datamodule.test_dataloader(), flip=flip)
     worst = _worst_mistakes(probabilities, labels)
     evaluation = {"probabilities": probabilities, "labels": labels, "mistakes": worst}
     if datamodule.kind == "image" and len(worst):
         pictures = np.stack(datamodule.pictures("test", worst.tolist()))
         evaluation["mistake_pictures"] = torch.from_numpy(pictures)
-    result = {
-        "split": "test",
-        "flip_test": flip,
-        **measure(probabilities, labels, datamodule.classes),
-        "epochs": epochs,
-        "best_epoch": best_epoch,
-        "train_seconds": train_seconds,
-        "parameters": count_parameters(network),
-        "machine": machine(),
-        "command": command_to_repeat(folder),
-    }
+    tested = {"split": "test", "flip_test": flip}
+    tested |= measure(probabilities, labels, datamodule.classes)
     write_end(
         folder,
         weights=network.state_dict(),
         evaluation=evaluation,
         mistake_names=datamodule.names("test", worst.tolist()),
-        result=result,
+        result=tested | conclusion(folder, network, end),
     )
-    return result
+
+
+def conclusion(folder: Path, network: torch.nn.Module, end: Mapping[str, Any]) -> dict[str, Any]:
+    """What result.json says beside the test, which a run that diverged at once has not."""
+    return {
+        **end,
+        "parameters": count_parameters(network),
+        "machine": machine(),
+        "command": command_to_repeat(folder),
+    }
 
 
 def _worst_mistakes(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -18,10 +19,11 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from normdrop import data
-from normdrop.errors import UserError
+from normdrop.errors import Diverged, UserError
 from normdrop.runs.data import check_same_data, load_data, located
 from normdrop.runs.folder import (
     RESULT,
+    WEIGHTS,
     best_checkpoint,
     cannot_write,
     command_to_repeat,
@@ -32,9 +34,9 @@ from normdrop.runs.network import build_network, network_record
 from normdrop.runs.options import Options, RunOptions, seconds
 from normdrop.runs.read import read_options
 from normdrop.runs.weights import best_weights, load_checkpoint, with_weights
-from normdrop.runs.write import new_folder, remove_parts, write_start
+from normdrop.runs.write import new_folder, remove_parts, write_result, write_start
 from normdrop.training.callbacks import AtomicCheckpoints, Display, Record, say, silence
-from normdrop.training.evaluate import finish
+from normdrop.training.evaluate import conclusion, finish
 from normdrop.training.measure import check_flip, count_parameters
 from normdrop.training.recipes import resolve, resolve_data
 from normdrop.training.task import Task, step_seed
@@ -67,6 +69,7 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
 
     Raises:
         UserError: the data, an option or the folder cannot be used.
+        Diverged: the loss or a weight is not finite; the folder holds the best epoch before.
         Stopped: Ctrl-C; the run can be resumed.
     """
     options = options or Options()
@@ -112,7 +115,9 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
 def _resumed_options(folder: Path, given: Options) -> Options:
     """The options that a run was started with; only the time may be given anew."""
     kept = read_options(folder)
-    if (folder / RESULT).exists():
+    if (folder / RESULT).exists() and (
+        (folder / WEIGHTS).exists() or not best_checkpoint(folder).exists()
+    ):
         raise UserError(
             f"The run {folder} is finished; train again with: {command_to_repeat(folder)}"
         )
@@ -146,9 +151,9 @@ def _fit(
     limit = seconds(options.run.max_time) if options.run.max_time else None
     chosen = options.run
     task = Task(network, options.recipe, seed=chosen.seed, limit=limit, threads=chosen.threads)
-    record = Record(folder)
     begin = last_checkpoint(folder) if last_checkpoint(folder).exists() else None
-    steps = load_checkpoint(begin, network)["global_step"] if begin else 0
+    checkpoint = load_checkpoint(begin, network) if begin else None
+    steps = checkpoint["global_step"] if checkpoint else 0
     epochs = cast(int, options.recipe.epochs)
     trainer = pl.Trainer(
         accelerator=accelerator,
@@ -157,7 +162,7 @@ def _fit(
         precision=PRECISION[options.recipe.precision],
         max_epochs=epochs,
         min_epochs=0,
-        callbacks=[Display(epochs, UNITS[datamodule.kind]), record],
+        callbacks=[Display(epochs, UNITS[datamodule.kind]), Record(folder)],
         plugins=[AtomicCheckpoints()],
         logger=TensorBoardLogger(folder, name="tensorboard", version="", purge_step=steps + 1),
         enable_progress_bar=False,
@@ -169,20 +174,38 @@ def _fit(
     )
     # Every further process reads the data for itself.
     own = datamodule if chosen.devices == 1 else load_data(options)
-    _fit_or_stop(trainer, task, own, folder, begin)
-    best = load_checkpoint(best_checkpoint(folder), network)
+    if not (checkpoint and checkpoint["callbacks"]["Record"]["diverged"]):
+        _fit_or_stop(trainer, task, own, folder, begin)
     last = load_checkpoint(last_checkpoint(folder), network)
-    network = with_weights(network.cpu(), best_weights(best), best_checkpoint(folder))
+    record = last["callbacks"]["Record"]
+    end = {
+        "epochs": len(record["rows"]),
+        "best_epoch": record["best_epoch"],
+        "diverged": record["diverged"],
+        "train_seconds": last["elapsed"],
+    }
     datamodule.trainer = None
-    finish(
-        folder,
-        network,
-        datamodule,
-        epochs=len(last["callbacks"]["Record"]["rows"]),
-        best_epoch=last["callbacks"]["Record"]["best_epoch"],
-        train_seconds=last["elapsed"],
-        flip=options.recipe.flip_test,
-    )
+    if record["best_epoch"]:
+        best = load_checkpoint(best_checkpoint(folder), network)
+        network = with_weights(network.cpu(), best_weights(best), best_checkpoint(folder))
+        finish(folder, network, datamodule, end, flip=options.recipe.flip_test)
+    else:
+        write_result(folder, conclusion(folder, network, end))
+    if record["diverged"]:
+        raise Diverged(_how_it_diverged(folder, record), folder)
+
+
+def _how_it_diverged(folder: Path, record: dict[str, Any]) -> str:
+    row = record["rows"][-1]
+    if not math.isfinite(row["train_loss"]):
+        what = f"The loss is {row['train_loss']} in epoch {row['epoch']}"
+    elif not math.isfinite(row["val_loss"]):
+        what = f"The validation loss is {row['val_loss']} in epoch {row['epoch']}"
+    else:
+        what = f"A weight is not finite after epoch {row['epoch']}"
+    best = record["best_epoch"]
+    kept = f"; the weights of epoch {best} are kept and tested in {folder}" if best else ""
+    return f"{what}{kept}; train again with a lower --learning-rate"
 
 
 def _accelerator(chosen: RunOptions) -> str:

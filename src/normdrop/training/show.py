@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from normdrop.errors import UserError
+from normdrop.runs.read import read_result
 from normdrop.training.callbacks import say
 from normdrop.training.evaluate import evaluate as measure_run
 
@@ -18,8 +19,9 @@ __all__ = ["conclude", "describe", "evaluate"]
 
 def conclude(folder: Path) -> None:
     """The last lines of a run: the test accuracy, the report, the command that repeats the run."""
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    say(f"Test {_accuracy(result)}, calibration error {result['calibration_error']:.3f}")
+    result = read_result(folder)
+    if "accuracy" in result:
+        say(f"Test {_accuracy(result)}, calibration error {result['calibration_error']:.3f}")
     report = folder / "report.html"
     say(f"Report:  {report}" if report.exists() else f"Results: {folder}")
     say(f"Again:   {result['command']}")
