@@ -17,6 +17,7 @@ __all__ = [
     "fold_plan",
     "functional",
     "has_kernels",
+    "instruction_set",
     "keep_freed_memory",
     "networks",
     "nn",
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from normdrop.errors import UserError
     from normdrop.inspection.describe import describe
     from normdrop.memory.allocator import keep_freed_memory
-    from normdrop.ops import has_kernels
+    from normdrop.ops import has_kernels, instruction_set
     from normdrop.surgery.accumulate import accumulate
     from normdrop.surgery.convert import convert, revert, reverted
     from normdrop.surgery.fold import fold, fold_plan
@@ -45,6 +46,7 @@ _HOME = {
     "fold_plan": "normdrop.surgery.fold",
     "functional": "normdrop",
     "has_kernels": "normdrop.ops",
+    "instruction_set": "normdrop.ops",
     "keep_freed_memory": "normdrop.memory.allocator",
     "networks": "normdrop",
     "nn": "normdrop",

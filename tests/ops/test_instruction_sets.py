@@ -109,6 +109,7 @@ def results_under(tmp_path: Path, **environment: str) -> tuple[Results, Results]
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == environment.get("NORMDROP_ISA", "None")  # None without kernels
     dropout, batch_norm = torch.load(path, weights_only=True)
     return dropout, batch_norm
 
@@ -155,3 +156,4 @@ def test_instruction_set_of_unknown_name_is_said():
 if __name__ == "__main__":
     warnings.simplefilter("error")
     torch.save((dropout_results(), batch_norm_results(torch.float32, ours)), sys.argv[1])
+    print(normdrop.instruction_set())

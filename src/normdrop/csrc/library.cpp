@@ -5,6 +5,8 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "base/dispatch.h"
+
 STABLE_TORCH_LIBRARY(normdrop, m) {
   // Batch normalization (batch_norm/batch_norm.cpp, batch_norm/update.cpp).
   //
@@ -44,6 +46,19 @@ STABLE_TORCH_LIBRARY(normdrop, m) {
   m.def(
       "dropout_into(Tensor x, Tensor seed, int threshold, float scale, float shift, float fill, "
       "SymInt sample_offset, int[] shared_dims, Tensor(a!) y) -> ()");
+
+  // Which instruction set the kernels use here (base/dispatch.h): 0 baseline, 1 AVX2, 2 AVX-512.
+  m.def("instruction_set() -> int");
+}
+
+namespace {
+
+int64_t instruction_set() { return static_cast<int64_t>(normdrop::this_isa()); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(normdrop, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
 }
 
 // What `import normdrop._C` runs: nothing. Loading the file has registered the operators.

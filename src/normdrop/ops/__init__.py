@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["has_kernels"]
+__all__ = ["has_kernels", "instruction_set"]
 
 OPERATORS = {
     "batch_norm": "x running_mean running_var weight bias residual training eps slope "
@@ -25,11 +25,12 @@ OPERATORS = {
     "batch_norm_update": "running_mean running_var mean var count momentum nonfinite -> 0",
     "dropout": "x seed threshold scale shift fill sample_offset shared_dims -> 1",
     "dropout_into": "x seed threshold scale shift fill sample_offset shared_dims y -> 0",
+    "instruction_set": "-> 1",
 }
 """What csrc/library.cpp declares: the arguments' names, and how many tensors come back."""
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
-"""What NORMDROP_ISA takes: the widest that the kernels may use; csrc/dispatch.h."""
+"""What NORMDROP_ISA takes: the widest that the kernels may use; csrc/base/dispatch.h."""
 
 
 def _signature(name: str) -> str | None:
@@ -97,3 +98,11 @@ _HAS_KERNELS = _load()
 def has_kernels() -> bool:
     """Whether the compiled kernels are loaded; without them the plain PyTorch path is taken."""
     return _HAS_KERNELS
+
+
+def instruction_set() -> str | None:
+    """What the kernels compute with here: "baseline", "avx2" or "avx512"; None without kernels.
+
+    "baseline" is what every processor of the architecture has: SSE2, or NEON on ARM.
+    """
+    return INSTRUCTION_SETS[torch.ops.normdrop.instruction_set()] if _HAS_KERNELS else None
