@@ -283,6 +283,23 @@ def test_exchanged_layers_are_the_users():
     torch.testing.assert_close(folded(x), folded.conv(x).relu())
 
 
+def test_hooks_and_wrappers_change_no_way():
+    model = settled(OfAttribute())
+    folded = fold(model)
+    calls = []
+    folded.block.register_forward_hook(lambda *_: calls.append(1))
+    assert is_float64s(folded, model, images())
+    folded.block.scale = model.block.scale = 2.0
+    assert is_float64s(folded, model, images())
+    assert calls == [1, 1]
+    folded.block.normalize = False
+    with pytest.raises(UserError):
+        folded(images())
+    folded.block.normalize = True
+    folded.block = torch.compile(folded.block, backend="eager")
+    assert is_float64s(folded, model, images())
+
+
 # ---- Parents that cannot be traced -------------------------------------------------------------
 
 

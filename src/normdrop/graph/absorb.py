@@ -66,7 +66,7 @@ class FoldedForward(FusedForward):
         parts = set(module.modules())
         pairs = [pair for pair in self.pairs if parts.issuperset(pair)]  # others were exchanged
         try:
-            found = _uncompiled(trace)(module, module.training, arguments, looks_through)
+            found = _uncompiled(trace)(module, module.training, arguments, _looks_into)
         except Untraceable as error:
             raise UserError(self._text()) from error
         if not all(is_pair(found, *pair) for pair in pairs):
@@ -88,6 +88,10 @@ class FoldedForward(FusedForward):
             "other arguments or attributes, with which a layer may run without the batch "
             "normalization that is part of it now; fold the original once it is as it shall be"
         )
+
+
+def _looks_into(module: torch.nn.Module) -> bool:
+    return looks_through(module, with_hooks=True)
 
 
 def _uncompiled(function: Any) -> Any:

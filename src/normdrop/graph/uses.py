@@ -126,8 +126,12 @@ class Uses:
 def is_pair(found: Trace, layer: torch.nn.Module, norm: torch.nn.Module) -> bool:
     """Whether in a graph all that the layer gives goes to the norm alone, and nothing else does."""
     for node, module in found.modules.items():
-        if module not in (layer, norm) and not {layer, norm}.isdisjoint(module.modules()):
-            return False  # what happens in there was not traced
+        if module not in (layer, norm):
+            inside = {layer, norm}.intersection(module.modules())
+            # A wrapper of torch's calls both. Of others it was not traced what they do.
+            is_wrapper = type(module).__module__.startswith("torch.") and len(inside) == 2
+            if inside and not is_wrapper:
+                return False
         if module is layer:
             user = only_user(node)
             if user is None or found.modules.get(user) is not norm:

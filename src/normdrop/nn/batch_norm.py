@@ -124,7 +124,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             value = self._buffers[name]
             old = value if before is None else before[name]
             if value is not None and old is not None and value.dtype in _HALF:
-                self._buffers[name] = old.to(value.device, torch.float32)
+                value.data = old.to(value.device, torch.float32)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _STATISTICS and isinstance(value, Tensor) and value.dtype in _HALF:
@@ -132,7 +132,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args)
         self.widen_statistics()  # torch's set_swap_module_params_on_conversion gets past all else
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BatchNorm:
