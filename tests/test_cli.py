@@ -248,6 +248,15 @@ def test_commands_are_called_from_python_too(tmp_path, capsys):
     assert "Batch normalization adds 8 nodes" in capsys.readouterr().out
 
 
+def test_describe_says_which_path_each_layer_takes(capsys):
+    assert run("describe", "--model", "mlp_8", "--input", "4", "--kernels") == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[1].endswith("path")
+    assert "Paths are those of training on this machine" in shown
+    run("describe", "--model", "mlp_8", "--input", "4")
+    assert "Paths are" not in capsys.readouterr().out
+
+
 def test_describe_counts_what_the_memory_option_keeps(capsys):
     totals = {}
     for memory in ("normal", "low"):

@@ -122,6 +122,7 @@ def describe(
     classes: int | None = None,
     batch_size: int = 2,
     memory: Literal["normal", "low"] | None = None,
+    kernels: bool = False,
 ) -> None:
     """Show a network's layers, their shapes, Θ, and the γ and α that batch norm adds.
 
@@ -132,10 +133,19 @@ def describe(
         classes: number of classes; by default 1000 for 224x224 images, else 10.
         batch_size: samples in the batch for which the kept bytes are counted.
         memory: low or normal, what training with this option keeps; by default the run's own.
+        kernels: say which path each layer takes on this machine, a kernel or torch and why.
     """
     from normdrop.training.show import describe
 
-    describe(run, model=model, size=input, classes=classes, batch_size=batch_size, memory=memory)
+    describe(
+        run,
+        model=model,
+        size=input,
+        classes=classes,
+        batch_size=batch_size,
+        memory=memory,
+        kernels=kernels,
+    )
 
 
 def report(run: Path) -> None:

@@ -13,10 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from normdrop.arguments import check_flag
 from normdrop.errors import UserError
-from normdrop.graph import fusion
 from normdrop.inspection.description import Description, Layer
+from normdrop.inspection.paths import paths_of
+from normdrop.inspection.visits import visited
 from normdrop.memory import recompute
+from normdrop.ops import instruction_set
 
 __all__ = ["describe"]
 
@@ -28,6 +31,7 @@ def describe(
     input_size: str | Sequence[int] | Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     *,
     batch_size: int = 2,
+    kernels: bool = False,
 ) -> Description:
     r"""Run a model once in training mode and say what each layer is, gives, costs and keeps.
 
@@ -52,10 +56,14 @@ def describe(
             arguments).
         batch_size: samples in the batch. Batch normalization in training needs two at least where
             it sees one value a sample.
+        kernels: run the model once more and say which path each layer takes here in training: a
+            kernel, fused or why not, or torch's operators and why; and the instruction set.
 
     Raises:
-        UserError: an input size that is none, or a model with lazy layers that never ran. Also
-            what the model itself raises for this input.
+        UserError: an input size that is none, or a model with lazy layers that never ran; with
+            ``kernels``, a model on the meta device. Also what the model itself raises for this
+            input.
+        TypeError: a ``kernels`` that is neither True nor False.
 
     Example:
         >>> from normdrop import networks
@@ -64,6 +72,8 @@ def describe(
         (74810, 240, 480)
         >>> description.layers[0].name, description.layers[0].output_shape
         ('conv1', (16, 32, 32))
+        >>> describe(networks.resnet(8, 10).double(), "32x32x3", kernels=True).layers[1].path
+        'kernel'
 
     Reference:
         S. Ioffe, C. Szegedy: Batch Normalization. ICML 2015.
@@ -74,16 +84,28 @@ def describe(
         raise UserError(
             "describe: the model has lazy layers without parameters; call it on one batch first"
         )
+    check_flag("describe", "kernels", kernels)
+    if kernels and any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise UserError(
+            "describe: expected a model with values for `kernels`, since the path of a layer "
+            "depends on its tensors, but got one on the meta device; build it on the CPU"
+        )
     run = _Run(model)
+    paths: dict[str, str] = {}
     with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model) as tensors:
         arguments, keywords, shape = _inputs(model, input_size, batch_size)
         with run.watched(tensors):
             torch.func.functional_call(model, tensors, arguments, keywords)
+        if kernels:
+            again = partial(torch.func.functional_call, model, tensors, arguments, keywords)
+            paths = paths_of(model, run.names, again)
     first = (*arguments, *keywords.values())[0]
     samples = first.shape[0] if first.dim() else 1
     for layer in run.layers:
         layer.multiply_adds //= max(samples, 1)
-    return Description(type(model).__name__, shape, samples, run.rows())
+        layer.path = paths.get(layer.name)
+    found = (instruction_set() or "none") if kernels else None
+    return Description(type(model).__name__, shape, samples, run.rows(), found)
 
 
 class _Run:
@@ -92,8 +114,8 @@ class _Run:
     def __init__(self, model: torch.nn.Module) -> None:
         self.layers: list[Layer] = []
         self._at_work: list[Layer] = []
-        self._names: dict[torch.nn.Module, str] = {m: n for n, m in model.named_modules()}
-        self._sizes = _own_sizes(self._names)
+        self.names: dict[torch.nn.Module, str] = {m: n for n, m in model.named_modules()}
+        self._sizes = _own_sizes(self.names)
         self._is_leaf: dict[int, bool] = {}
         # Parameters and buffers are there with and without a backward pass.
         self._storages: dict[int, Any] = {}
@@ -104,30 +126,10 @@ class _Run:
     @contextmanager
     def watched(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Watch all modules, products and saved tensors until the end of the block."""
-        handles = []
         for tensor in tensors.values():
             self._is_new(tensor)
-        inside_fused = fusion.inside_fused(self._names)
-        norms = [module for module in inside_fused if isinstance(module, _BatchNorm)]
-        try:
-            # With a hook on what is inside, fused code would step aside.
-            for norm in norms:
-                vars(norm)["normalize"] = partial(self._normalize, norm)
-            for module in self._names:
-                if module in inside_fused:
-                    continue
-                handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
-            with (
-                recompute.watched(self),
-                _Products(self),
-            ):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for norm in norms:
-                vars(norm).pop("normalize", None)
+        with visited(self.names, self), recompute.watched(self), _Products(self):
+            yield
 
     def rows(self) -> list[Layer]:
         """Give the layers that ran, and those that did not but have parameters."""
@@ -148,39 +150,22 @@ class _Run:
         """Give the innermost module at work; before and after its hooks, the model."""
         return self._at_work[-1] if self._at_work else self.layers[0]
 
-    def _enter(self, module: torch.nn.Module, arguments: Any) -> None:
+    def enter(self, module: torch.nn.Module, fused: str) -> None:
+        """Begin a module's row."""
         layer = self._add(module)
+        if fused:
+            layer.type += f"+{fused}"
         self._count(module, layer)
         self._at_work.append(layer)
 
-    def _leave(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
+    def leave(self, module: torch.nn.Module, output: Any) -> None:
+        """End it with what the module gives."""
         layer = self._at_work.pop()
         first = _first_tensor(output)
         layer.output_shape = None if first is None else tuple(first.shape[1:])
 
-    def _normalize(
-        self,
-        norm: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        activation: str | None,
-        keep: float = 1.0,
-    ) -> Any:
-        """Do what fused code calls instead of the module: its normalization and what follows."""
-        self._enter(norm, (x,))
-        added = "add" if residual is not None else None
-        dropped = "dropout" if keep < 1.0 else None
-        parts = (type(norm).__name__, added, activation, dropped)
-        self._at_work[-1].type = "+".join(filter(None, parts))
-        y = None
-        try:
-            y = type(norm).normalize(norm, x, residual, activation, keep)
-        finally:
-            self._leave(norm, (x,), y)
-        return y
-
     def _add(self, module: torch.nn.Module) -> Layer:
-        layer = Layer(self._names[module], _type(module))
+        layer = Layer(self.names[module], _type(module))
         self.layers.append(layer)
         self._is_leaf[id(layer)] = next(module.children(), None) is None
         return layer

@@ -22,6 +22,7 @@ class Layer:
         multiply_adds: of its convolutions and matrix products, for one sample.
         kept_bytes: what it keeps for the backward pass, for the whole batch; a tensor that several
             layers keep is counted at the first.
+        path: which path it takes, "kernel" or "torch: " and why, if that was asked and it ran.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Layer:
     gamma_alpha: int = 0
     multiply_adds: int = 0
     kept_bytes: int = 0
+    path: str | None = None
 
     def has_own(self) -> bool:
         """Say whether anything is counted at this layer itself."""
@@ -47,6 +49,7 @@ class Description:
         input_shape: shape of its input without the batch.
         batch_size: samples in the batch for which :attr:`kept_bytes` was counted.
         layers: the layers.
+        kernels: the instruction set of the kernels, or "none", if the paths were asked for.
         theta, norm_nodes, gamma_alpha, multiply_adds, kept_bytes: sums over the layers.
     """
 
@@ -54,6 +57,7 @@ class Description:
     input_shape: tuple[int, ...]
     batch_size: int
     layers: list[Layer]
+    kernels: str | None = None
     theta: int = field(init=False)
     norm_nodes: int = field(init=False)
     gamma_alpha: int = field(init=False)
@@ -72,9 +76,9 @@ class Description:
         return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
-        head = ("layer", "type", "output", "Θ", "K", "γ, α", "multiply-adds", "kept")
+        head = ["layer", "type", "output", "Θ", "K", "γ, α", "multiply-adds", "kept"]
         body = [
-            (
+            [
                 layer.name or "(model)",
                 layer.type,
                 _sides(layer.output_shape),
@@ -83,28 +87,29 @@ class Description:
                     (layer.theta, layer.norm_nodes, layer.gamma_alpha, layer.multiply_adds),
                 ),
                 _bytes(layer.kept_bytes),
-            )
+            ]
             for layer in self.layers
         ]
         counts = (self.theta, self.norm_nodes, self.gamma_alpha, self.multiply_adds)
-        total = ("total", "", "", *map(_count, counts), _bytes(self.kept_bytes))
+        total = ["total", "", "", *map(_count, counts), _bytes(self.kept_bytes)]
         widths = [max(map(len, column)) for column in zip(head, *body, total, strict=True)]
+        paths = [layer.path or "" for layer in self.layers]
 
-        def line(cells: Sequence[str]) -> str:
+        def line(cells: Sequence[str], path: str = "") -> str:
             texts = [
                 cell.ljust(width) if place < 2 else cell.rjust(width)
                 for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
             ]
-            return "  ".join(texts).rstrip()
+            return "  ".join([*texts, path]).rstrip()
 
         rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
         share = self.gamma_alpha / max(self.theta + self.gamma_alpha, 1)
         return "\n".join(
             [
                 f"{self.model}, input {_sides(self.input_shape)}",
-                line(head),
+                line(head, "" if self.kernels is None else "path"),
                 rule,
-                *map(line, body),
+                *map(line, body, paths),
                 rule,
                 line(total),
                 "",
@@ -115,7 +120,17 @@ class Description:
                 else "It has no batch normalization.",
                 f"Multiply-adds are for one sample; kept for backward is for a batch of "
                 f"{self.batch_size}, in training.",
+                *self._kernels(),
             ]
+        )
+
+    def _kernels(self) -> tuple[str, ...]:
+        if self.kernels is None:
+            return ()
+        if self.kernels == "none":
+            return ("Paths are those of training on this machine, where no kernels are loaded.",)
+        return (
+            f"Paths are those of training on this machine, where the kernels use {self.kernels}.",
         )
 
 

@@ -82,6 +82,7 @@ def describe(
     classes: int | None,
     batch_size: int,
     memory: Literal["normal", "low"] | None,
+    kernels: bool,
 ) -> None:
     """Print a network's layers."""
     import torch
@@ -90,24 +91,26 @@ def describe(
     from normdrop import networks
 
     own = {} if memory is None else {"memory": memory}
+    # On the meta device nothing is drawn or computed; the figures are the CPU's, the paths not.
+    device = "cpu" if kernels else "meta"
     if run is not None:
         from normdrop.runs.network import build_network
         from normdrop.runs.read import read_record
 
         record = read_record(run)["network"]
         shape = tuple(record["input_shape"])
-        with torch.device("meta"):
+        with torch.device(device):
             network = build_network(record, **own)
-        print(normdrop.describe(network, _channels_last(shape), batch_size=batch_size))
+        shape = _channels_last(shape)
+        print(normdrop.describe(network, shape, batch_size=batch_size, kernels=kernels))
         return
     numbers = parse_size(size)
     shape = (numbers[2], *numbers[:2]) if len(numbers) == 3 else numbers
     if classes is None:
         classes = 1000 if len(numbers) == 3 and min(numbers[:2]) >= 224 else 10
-    # On the meta device nothing is drawn or computed; the figures are the CPU's.
-    with torch.device("meta"):
+    with torch.device(device):
         network = networks.build(model, classes=classes, input_shape=shape, **own)
-    print(normdrop.describe(network, numbers, batch_size=batch_size))
+    print(normdrop.describe(network, numbers, batch_size=batch_size, kernels=kernels))
 
 
 def parse_size(text: str) -> tuple[int, ...]:
