@@ -47,6 +47,15 @@ STABLE_TORCH_LIBRARY(normdrop, m) {
       "dropout_into(Tensor x, Tensor seed, int threshold, float scale, float shift, float fill, "
       "SymInt sample_offset, int[] shared_dims, Tensor(a!) y) -> ()");
 
+  // Convolution (conv2d/conv2d.cpp): 3x3, stride 1, padding 1, float32; y has channels_last.
+  //
+  // y[n, k, i, j] = bias[k] + sum over c, r, s of weight[k, c, r, s] x[n, c, i + r - 1, j + s - 1],
+  // x being zero outside its map. What is not needed comes back empty.
+  m.def("conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, bool need_x, bool need_weight) "
+      "-> (Tensor grad_x, Tensor grad_weight)");
+
   // Which instruction set the kernels use here (base/dispatch.h): 0 baseline, 1 AVX2, 2 AVX-512.
   m.def("instruction_set() -> int");
 }

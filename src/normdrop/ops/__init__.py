@@ -23,6 +23,8 @@ OPERATORS = {
     "batch_norm_backward": "grad_y x mean var weight bias positive training eps slope "
     "need_x need_vectors need_residual seed threshold drop_scale sample_offset -> 4",
     "batch_norm_update": "running_mean running_var mean var count momentum nonfinite -> 0",
+    "conv2d": "x weight bias -> 1",
+    "conv2d_backward": "grad_y x weight need_x need_weight -> 2",
     "dropout": "x seed threshold scale shift fill sample_offset shared_dims -> 1",
     "dropout_into": "x seed threshold scale shift fill sample_offset shared_dims y -> 0",
     "instruction_set": "-> 1",

@@ -17,6 +17,7 @@ from normdrop.ops import context
 __all__ = [
     "batch_norm",
     "batch_statistics",
+    "conv2d",
     "dropout",
     "keep_mask",
     "keep_mask_of_threshold",
@@ -181,3 +182,16 @@ def dropout(x: Tensor, mask: Tensor, scale: float, shift: float = 0.0, fill: flo
         # torch.where gives its result in the mask's memory format.
         mask = torch.empty_like(x, dtype=torch.bool).copy_(mask)
     return torch.where(mask, z, torch.full((), fill, dtype=x.dtype, device=x.device))
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y[n, k, i, j] = b[k] + Σ w[k, c, r, s] · x[n, c, i + r − 1, j + s − 1], x being 0 outside."""
+    height, width = x.shape[2:]
+    wide = torch.nn.functional.pad(x, (1, 1, 1, 1))
+    parts = (
+        torch.einsum("kc,nchw->nkhw", weight[:, :, r, s], wide[..., r : r + height, s : s + width])
+        for r in range(3)
+        for s in range(3)
+    )
+    y = sum(parts, torch.zeros((), dtype=x.dtype, device=x.device))
+    return y if bias is None else y + bias.view(-1, 1, 1)

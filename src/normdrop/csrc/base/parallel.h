@@ -9,8 +9,19 @@
 
 namespace normdrop {
 
-// Calls run(i) for every task i, each once, on torch's own threads. Which thread takes which task
-// is open: what tasks compute must not depend on it.
+// Calls run(worker, i) for every task i, each once, on torch's own threads. Which worker takes
+// which task is open: what tasks compute must not depend on it.
+template <class Run>
+void parallel_workers(int64_t workers, int64_t tasks, const Run& run) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) {
+      run(worker, i);
+    }
+  });
+}
+
+// The same without the worker's number; with one thread where it is not worth more.
 template <class Run>
 void parallel_tasks(int64_t tasks, int64_t elements, const Run& run) {
   constexpr int64_t worthwhile = 32768;
@@ -22,12 +33,7 @@ void parallel_tasks(int64_t tasks, int64_t elements, const Run& run) {
     }
     return;
   }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < tasks; i = next++) {
-      run(i);
-    }
-  });
+  parallel_workers(workers, tasks, [&](int64_t, int64_t i) { run(i); });
 }
 
 // Calls run(begin, end) for consecutive ranges of the tasks, the same thread having the same range
