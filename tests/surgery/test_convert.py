@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import normdrop
-from normdrop.surgery.plan import CLASSES
+from normdrop.surgery.classes import CLASSES
 
 
 class Named(torch.nn.BatchNorm2d):

@@ -5,35 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
-from normdrop import nn
 from normdrop.arguments import check_choice, check_flag, check_model
 from normdrop.graph import fusion
 from normdrop.graph.forward import FusedForward
 from normdrop.graph.modules import is_norm
 from normdrop.memory.low import Memory
+from normdrop.nn.conv2d import Conv2d
+from normdrop.surgery.classes import CLASSES, OURS, in_quantized, reason_to_leave
+from normdrop.surgery.convolution import Convolution, reason_to_keep
 from normdrop.surgery.layout import Layout, weights_to_lay_out
 from normdrop.surgery.linear import Products, layers_to_choose
 
-__all__ = ["CLASSES", "Plan", "Row", "plan"]
-
-CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.BatchNorm1d: nn.BatchNorm1d,
-    torch.nn.BatchNorm2d: nn.BatchNorm2d,
-    torch.nn.BatchNorm3d: nn.BatchNorm3d,
-    torch.nn.Dropout: nn.Dropout,
-    torch.nn.Dropout1d: nn.Dropout1d,
-    torch.nn.Dropout2d: nn.Dropout2d,
-    torch.nn.Dropout3d: nn.Dropout3d,
-    torch.nn.AlphaDropout: nn.AlphaDropout,
-    torch.nn.FeatureAlphaDropout: nn.FeatureAlphaDropout,
-}
-"""Torch's classes, each with ours that takes its place."""
-
-OURS = frozenset(CLASSES.values())
+__all__ = ["Plan", "Row", "plan"]
 
 _NAMES = frozenset(kind.__name__ for kind in CLASSES)
 
@@ -44,7 +31,7 @@ _FAMILIES = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._Dr
 
 @dataclass(frozen=True)
 class Row:
-    """What becomes of one batch normalization or dropout.
+    """What becomes of one batch normalization, dropout or convolution.
 
     Attributes:
         path: its name in the model, as in the state_dict; empty for the model itself.
@@ -65,7 +52,7 @@ class Plan:
     """What :func:`plan` gives; ``print`` gives a table.
 
     Attributes:
-        rows: one for each batch normalization and dropout.
+        rows: one for each batch normalization and dropout, and with ``convolution`` each Conv2d.
         notes: what the options ``layout``, ``linear`` and ``memory`` would do.
     """
 
@@ -105,6 +92,7 @@ def plan(
     fuse: bool = True,
     layout: Layout = "keep",
     linear: Products = "keep",
+    convolution: Convolution = "keep",
     memory: Memory = "normal",
 ) -> Plan:
     """Say what :func:`normdrop.convert` would replace, fuse or leave, and why; change nothing.
@@ -117,10 +105,11 @@ def plan(
         fuse: whether batch normalization shall be fused with what follows.
         layout: as in :func:`normdrop.convert`.
         linear: as in :func:`normdrop.convert`.
+        convolution: as in :func:`normdrop.convert`. With "auto" convolutions have rows, too.
         memory: as in :func:`normdrop.convert`.
 
     Raises:
-        UserError: another ``layout``, ``linear`` or ``memory``.
+        UserError: another ``layout``, ``linear``, ``convolution`` or ``memory``.
         TypeError: no module, or a ``fuse`` that is neither True nor False.
 
     Example:
@@ -135,22 +124,26 @@ def plan(
     check_model("plan", model)
     check_flag("plan", "fuse", fuse)
     check_choice("memory", memory, Memory)
+    check_choice("convolution", convolution, Convolution)
     found = fusion.find(model) if fuse else []
-    notes = _notes(model, layout, linear, memory, found)
+    notes = _notes(model, layout, linear, convolution, memory, found)
     fusible = {id(norm): text for forward in found for norm, text in forward.fused}
     against = fusion.reasons_against(model) if fuse else {}
     present = dict(fusion.fused_in(model))
     rows = []
-    quantized = _in_quantized(model)
+    quantized = in_quantized(model)
     for path, others, module in _named(model):
         if isinstance(module, torch.jit.ScriptModule):
             name = getattr(module, "original_name", "")
             if name in _NAMES:
                 rows.append(Row(path, name, "leave", "it is compiled by torch.jit"))
             continue
-        if not isinstance(module, _FAMILIES):
+        is_convolution = convolution != "keep" and isinstance(module, torch.nn.Conv2d)
+        if not isinstance(module, _FAMILIES) and not is_convolution:
             continue
         reason = reason_to_leave(module, id(module) in quantized)
+        if reason is None and is_convolution:
+            reason = reason_to_keep(cast(torch.nn.Conv2d, module))
         action: Action
         if reason is not None:
             action, why = "leave", reason
@@ -159,7 +152,8 @@ def plan(
         elif id(module) in fusible:
             action, why = "fuse", fusible[id(module)]
         else:
-            action, why = ("already" if type(module) in OURS else "replace"), ""
+            is_ours = type(module) in OURS or type(module) is Conv2d
+            action, why = ("already" if is_ours else "replace"), ""
             if action == "replace" and id(module) in against:
                 why = f"not fused: {against[id(module)]}"
         also = f"also at {', '.join(others)}" if others else ""
@@ -171,6 +165,7 @@ def _notes(
     model: torch.nn.Module,
     layout: Layout,
     linear: Products,
+    convolution: Convolution,
     memory: Memory,
     found: list[FusedForward],
 ) -> tuple[str, ...]:
@@ -184,39 +179,11 @@ def _notes(
     if linear != "keep":
         count = len(layers_to_choose(model, linear))
         notes.append(f"linear: {count} linear layer{'s' * (count != 1)} may take oneDNN's products")
+    if convolution != "keep" and layout == "keep":
+        notes.append("convolution: acts where the channels lie last; layout='auto' lays them so")
     if memory != "normal" and any(map(is_norm, model.modules())):
         notes.append("memory: outputs of batch normalization are worked out again in backward")
     return tuple(notes)
-
-
-def replaceable(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers of torch's that are replaced, each once."""
-    quantized = _in_quantized(model)
-    return [
-        module
-        for module in model.modules()
-        if type(module) in CLASSES and reason_to_leave(module, id(module) in quantized) is None
-    ]
-
-
-def reason_to_leave(module: torch.nn.Module, is_quantized: bool = False) -> str | None:
-    """Why a batch normalization or dropout stays as it is, or None."""
-    kind = type(module)
-    if kind in OURS:
-        return None
-    if isinstance(module, torch.nn.SyncBatchNorm):
-        return "its statistics are those of all processes"
-    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
-        return "it is lazy: call the model on one batch first"
-    if torch.nn.utils.parametrize.is_parametrized(module):
-        return "it is parametrized"
-    if is_quantized or getattr(module, "qconfig", None) is not None:
-        return "it is prepared for quantization"
-    if kind not in CLASSES:
-        return "a subclass that normdrop does not know"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    return None
 
 
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, list[str], torch.nn.Module]]:
@@ -226,13 +193,3 @@ def _named(model: torch.nn.Module) -> Iterator[tuple[str, list[str], torch.nn.Mo
         paths.setdefault(module, []).append(path)
     for module, (first, *others) in paths.items():
         yield first, others, module
-
-
-def _in_quantized(model: torch.nn.Module) -> set[int]:
-    """Everything inside torch's quantized and quantization-aware modules."""
-    return {
-        id(inner)
-        for outer in model.modules()
-        if type(outer).__module__.startswith("torch.ao.")
-        for inner in outer.modules()
-    }
