@@ -11,7 +11,7 @@ from normdrop.graph import fusion
 from normdrop.graph.modules import is_fusible_norm
 from normdrop.inspection.visits import visited
 from normdrop.ops.paths import told
-from normdrop.surgery.plan import CLASSES, reason_to_leave
+from normdrop.surgery.classes import CLASSES, reason_to_leave
 
 __all__ = ["paths_of"]
 
