@@ -170,7 +170,7 @@ def test_weights_begin_by_hes_rule_and_the_first_loss_is_that_of_a_guess(name: s
             )
         if isinstance(module, torch.nn.Linear):
             expected = math.sqrt(2 / module.in_features)
-            expected = 0.01 if module is network.output else expected
+            expected = 0.01 if module is network.output_layer else expected
             torch.testing.assert_close(module.weight.std().item(), expected, rtol=0.25, atol=0)
         if getattr(module, "bias", None) is not None:
             assert module.bias.eq(0).all()

@@ -86,11 +86,11 @@ class MLP(torch.nn.Module):
             first = width
         self.hidden = torch.nn.Sequential(*layers)
         self.fc = torch.nn.Linear(first, classes)
-        initialize(self, self.output)
+        initialize(self, self.output_layer)
         convert(self, linear="auto", memory=memory)
 
     @property
-    def output(self) -> torch.nn.Linear:
+    def output_layer(self) -> torch.nn.Linear:
         """The output layer, whose logits are never dropped."""
         return self.fc
 

@@ -269,7 +269,7 @@ class ResNet(torch.nn.Module):
         self.hidden_drop = dropout(check_keep("keep_hidden", keep_hidden))
         self.fc = torch.nn.Linear(channels, classes)
 
-        initialize(self, self.output)
+        initialize(self, self.output_layer)
         if zero_init_last:
             for module in self.modules():
                 if isinstance(module, (BasicBlock, Bottleneck)):
@@ -277,7 +277,7 @@ class ResNet(torch.nn.Module):
         convert(self, layout=layout, memory=memory)
 
     @property
-    def output(self) -> torch.nn.Linear:
+    def output_layer(self) -> torch.nn.Linear:
         """The output layer, whose logits are never dropped."""
         return self.fc
 

@@ -128,11 +128,11 @@ class VGG(torch.nn.Module):
             dropout(keep_hidden),
             torch.nn.Linear(hidden, classes),
         )
-        initialize(self, self.output)
+        initialize(self, self.output_layer)
         convert(self, layout=layout, linear="auto", memory=memory)
 
     @property
-    def output(self) -> torch.nn.Linear:
+    def output_layer(self) -> torch.nn.Linear:
         """The output layer, whose logits are never dropped."""
         return cast(torch.nn.Linear, self.classifier[6])
 

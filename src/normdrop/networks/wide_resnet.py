@@ -156,7 +156,7 @@ class WideResNet(torch.nn.Module):
         self.avgpool = torch.nn.AdaptiveAvgPool2d(1)
         self.fc = torch.nn.Linear(channels, classes)
 
-        initialize(self, self.output)
+        initialize(self, self.output_layer)
         if zero_init_last:
             for module in self.modules():
                 if isinstance(module, WideBlock):
@@ -164,7 +164,7 @@ class WideResNet(torch.nn.Module):
         convert(self, layout=layout, memory=memory)
 
     @property
-    def output(self) -> torch.nn.Linear:
+    def output_layer(self) -> torch.nn.Linear:
         """The output layer, whose logits are never dropped."""
         return self.fc
 
