@@ -5,6 +5,7 @@ import pytorch_lightning as pl
 import torch
 
 from normdrop.data import load
+from normdrop.data.lightning import LightningData
 
 
 class Watcher(pl.LightningModule):
@@ -43,7 +44,7 @@ def run(tmp_path, model, checkpoint=None):
         default_root_dir=tmp_path,
     )  # fmt: skip
     data = load("digits", batch_size=300, augment="shift")
-    trainer.fit(model, data, ckpt_path=checkpoint)
+    trainer.fit(model, LightningData(data), ckpt_path=checkpoint)
     return model
 
 

@@ -104,10 +104,10 @@ def test_module_set_epoch_reaches_loaders_made_before_and_after():
 
 def test_module_setup_twice_reads_once():
     data = Made([0, 1] * 10)
-    data.setup("fit")
+    data.setup()
     digest = data.digest
     data._read = None
-    data.setup("test")
+    data.setup()
     assert data.digest == digest
 
 

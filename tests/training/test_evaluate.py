@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -368,6 +370,24 @@ def test_weights_that_were_lost_are_written_again(finished_run, tmp_path):
         evaluate(run)
     with pytest.raises(UserError, match="is finished; train again with"):
         train(resume=run)
+
+
+def test_what_uses_a_run_starts_without_what_trains_one(finished_run, digit_folder, tmp_path):
+    """Lightning takes as long to import as all else together."""
+    code = """
+import sys
+from normdrop import cli
+run, picture = sys.argv[1:]
+for command in (["describe", run], ["predict", run, picture], ["evaluate", run], ["report", run]):
+    assert cli.main(command) == 0
+    assert "pytorch_lightning" not in sys.modules, command
+    assert command[0] in ("evaluate", "report") or "sklearn" not in sys.modules, command
+"""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    arguments = [str(run), str(digit_folder / "0" / "0.png")]
+    subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.DEVNULL, timeout=600
+    )
 
 
 def test_a_file_is_no_run_folder(tmp_path):

@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from normdrop.data.augment import Augmentation, augmentation_names
@@ -77,12 +76,13 @@ class Taken:
         return torch.from_numpy(x), torch.from_numpy(self.labels[where])
 
 
-class DataModule(LightningDataModule):
+class DataModule:
     """A classification data set: read once, split by a seed, served in whole batches.
 
     Batches are pairs (x float32, y int64): images (N, C, H, W) in [0, 1], tables (N, F). Order
     and augmentation are pure functions of (seed, epoch, batch) and never touch torch's global
-    generator. Sources are made by :func:`normdrop.data.load`.
+    generator. Sources are made by :func:`normdrop.data.load`; Lightning takes them as
+    :class:`normdrop.data.lightning.LightningData`.
 
     Train: shuffled and augmented. Validation and test: in the order of the data, unchanged.
 
@@ -120,7 +120,6 @@ class DataModule(LightningDataModule):
         test: float = 0.2,
         augment: bool | str | Sequence[str] | None = None,
     ) -> None:
-        super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, but got {batch_size}")
         if seed < 0:
@@ -152,9 +151,7 @@ class DataModule(LightningDataModule):
         """What encodes new files, JSON-able; goes into :meth:`state`."""
         raise NotImplementedError
 
-    # Lightning's side.
-
-    def setup(self, stage: str | None = None) -> None:
+    def setup(self) -> None:
         """Read and split the data; a second call does nothing.
 
         Raises:
@@ -268,8 +265,6 @@ class DataModule(LightningDataModule):
         return loader
 
     def _shard(self) -> tuple[int, int]:
-        if self.trainer is not None:
-            return self.trainer.global_rank, self.trainer.world_size
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1

@@ -91,6 +91,8 @@ def initialize(network: torch.nn.Module, output: torch.nn.Linear) -> None:
         K. He, X. Zhang, S. Ren, J. Sun: Delving Deep into Rectifiers. ICCV 2015.
         P. Goyal et al.: Accurate, Large Minibatch SGD. 2017 (the output layer).
     """
+    if output.weight.is_meta:
+        return  # Nothing can be drawn, and torch would import its compiler to say so.
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

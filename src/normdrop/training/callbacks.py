@@ -14,14 +14,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from normdrop.runs.folder import COLUMNS, best_checkpoint, cannot_write, last_checkpoint
 from normdrop.runs.write import keep_best_as_last, write_checkpoint, write_metrics
+from normdrop.training.console import say
 from normdrop.training.task import Task
 
-__all__ = ["AtomicCheckpoints", "Display", "Record", "say", "silence"]
+__all__ = ["AtomicCheckpoints", "Display", "Record", "silence"]
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -163,13 +163,6 @@ class Display(pl.Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def say(thing: Any) -> None:
-    """Print a line or a table; long lines are left to the terminal."""
-    Console(
-        highlight=False, soft_wrap=isinstance(thing, str), markup=not isinstance(thing, str)
-    ).print(thing)
 
 
 def silence() -> None:

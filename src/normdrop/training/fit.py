@@ -19,6 +19,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from normdrop import data
+from normdrop.data.lightning import LightningData
 from normdrop.errors import Diverged, UserError
 from normdrop.runs.data import check_same_data, load_data, located
 from normdrop.runs.folder import (
@@ -35,7 +36,8 @@ from normdrop.runs.options import Options, RunOptions, seconds
 from normdrop.runs.read import read_options
 from normdrop.runs.weights import best_weights, load_checkpoint, with_weights
 from normdrop.runs.write import new_folder, remove_parts, write_result, write_start
-from normdrop.training.callbacks import AtomicCheckpoints, Display, Record, say, silence
+from normdrop.training.callbacks import AtomicCheckpoints, Display, Record, silence
+from normdrop.training.console import say
 from normdrop.training.evaluate import conclusion, finish
 from normdrop.training.measure import check_flip, count_parameters
 from normdrop.training.recipes import resolve, resolve_data
@@ -184,7 +186,6 @@ def _fit(
         "diverged": record["diverged"],
         "train_seconds": last["elapsed"],
     }
-    datamodule.trainer = None
     if record["best_epoch"]:
         best = load_checkpoint(best_checkpoint(folder), network)
         network = with_weights(network.cpu(), best_weights(best), best_checkpoint(folder))
@@ -237,7 +238,7 @@ def _fit_or_stop(
     """Fit; Lightning turns Ctrl-C into an exit of its own, which becomes ``Stopped`` here."""
     handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(task, datamodule=datamodule, ckpt_path=begin, weights_only=True)
+        trainer.fit(task, datamodule=LightningData(datamodule), ckpt_path=begin, weights_only=True)
     except (SystemExit, KeyboardInterrupt) as error:
         signal.signal(signal.SIGINT, handler)
         if trainer.strategy.launcher is not None:

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
 
 import normdrop
@@ -44,6 +42,10 @@ def measure(probabilities: Tensor, labels: Tensor, classes: Iterable[str]) -> di
         >>> result["accuracy"], result["confusion"]
         (1.0, [[1, 0], [0, 1]])
     """
+    # Predictions need this file too, but not these, which take long to import.
+    from scipy.stats import binomtest
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
     names = list(classes)
     truth = labels.numpy()
     guess = probabilities.argmax(1).numpy()

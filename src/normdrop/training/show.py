@@ -11,8 +11,7 @@ from rich.table import Table
 
 from normdrop.errors import UserError
 from normdrop.runs.read import read_result
-from normdrop.training.callbacks import say
-from normdrop.training.evaluate import evaluate as measure_run
+from normdrop.training.console import say
 
 __all__ = ["conclude", "describe", "evaluate"]
 
@@ -29,6 +28,8 @@ def conclude(folder: Path) -> None:
 
 def evaluate(run: Path, *, data: str | None, split: str, flip: bool | None, as_json: bool) -> None:
     """Test a run's network and print what comes out."""
+    from normdrop.training.evaluate import evaluate as measure_run
+
     result = measure_run(run, source=data, split=split, flip=flip)
     if as_json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
