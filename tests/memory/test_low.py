@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 
 import pytest
 import torch
@@ -297,6 +298,85 @@ class Views(torch.nn.Module):
         y = self.bn(x)
         z = self.fc(y.flatten(1)).sum() + self.conv(y[:, 1:]).square().sum()
         return z + (y.transpose(2, 3) * y.detach()).sum() + (y * 2).square().sum()
+
+
+def _exchange(norm):
+    for parameter in norm.parameters():
+        parameter.data = parameter.data * 3.0 + 1.0
+
+
+def _put_into_one_vector(norm):
+    vector = torch.nn.utils.parameters_to_vector(norm.parameters()).detach() * 3.0
+    torch.nn.utils.vector_to_parameters(vector, norm.parameters())
+
+
+def _write(norm):
+    norm.weight.data.mul_(3.0)
+
+
+def _turn_round(norm):
+    norm.bias.data.copy_(norm.bias.data.flip(0))
+
+
+def _before_a_norm(training):
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)
+    ).train(training)
+    torch.nn.init.uniform_(plain[1].bias)
+    low = normdrop.convert(copy.deepcopy(plain), memory="low")
+    x = torch.randn(16, 3, 20, 20)
+    assert kept(low, x) < kept(normdrop.convert(copy.deepcopy(plain)), x)
+    return plain, low, x
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", [_exchange, _put_into_one_vector])
+def test_gradients_are_those_of_the_forward_though_data_was_exchanged_since(change, training):
+    plain, low, x = _before_a_norm(training)
+    grads = []
+    for model, then in ((low, change), (plain.double(), lambda norm: None)):
+        y = model(x.to(next(model.parameters()).dtype))
+        then(model[1])
+        y.sin().sum().backward()
+        grads.append([p.grad.double() for p in model.parameters()])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", [_write, _turn_round])
+def test_a_norm_that_was_written_past_its_version_is_refused(change, training):
+    _, low, x = _before_a_norm(training)
+    y = low(x)
+    change(low[1])
+    with pytest.raises(RuntimeError, match=r"written through its `\.data`"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_can_be_traced_by_torch_jit_with_gradients(training):
+    """As TensorBoard's add_graph and OpenVINO's converter do."""
+    model = normdrop.convert(
+        torch.nn.Sequential(
+            *(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()),
+            *(torch.nn.MaxPool2d(2), torch.nn.Conv2d(4, 2, 3)),
+        ),
+        memory="low",
+    ).train(training)
+    x = torch.randn(8, 3, 20, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.jit's own end
+        traced = torch.jit.trace(model, (x,))
+        again = torch.jit.trace(model, (x,))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    for other in (traced, again):
+        model.load_state_dict(before)
+        want = model(x)
+        model.load_state_dict(before)
+        torch.testing.assert_close(other(x), want)
+    model.load_state_dict(before)
+    expected = gradients(model, x)
+    assert all(gradient is not None for gradient in expected)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

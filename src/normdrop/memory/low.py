@@ -54,9 +54,10 @@ def save_memory(model: _Module) -> _Module:
     dropout after it, whose mask is drawn again from its seed. An output that is changed in place
     before the next layer saves it is kept. Evaluation without gradients: nothing changes.
 
-    The model steps aside, and all is kept, under ``torch.compile`` and torch.func, and where
-    other saved-tensor hooks are active around it (activation checkpointing of the whole model,
-    ``save_on_cpu``). Parts of the model that are checkpointed follow their own rule.
+    The model steps aside, and all is kept, under ``torch.compile``, ``torch.jit.trace`` and
+    torch.func, and where other saved-tensor hooks are active around it (activation checkpointing of
+    the whole model, ``save_on_cpu``). Parts of the model that are checkpointed follow their own
+    rule. γ and α must not be written through ``.data`` between forward and backward: that raises.
 
     Args:
         model: any module; call it, not its ``forward``, since hooks do the work. They are pickled

@@ -35,13 +35,15 @@ class Watcher(Protocol):
 class Kept:
     """A tensor that is kept, and the version at which it was."""
 
-    __slots__ = ("__weakref__", "instead", "tensor", "version")
+    __slots__ = ("__weakref__", "instead", "mark", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         # The tensor itself would hold the graph that holds it.
         self.tensor = tensor.detach()
         self.version = tensor._version
         self.instead: View | None = None
+        # Of a parameter that an output is computed from again: no version tells of `.data`.
+        self.mark: int | None = None
 
     def get(self) -> Tensor:
         """The tensor; with saved-tensor hooks, torch leaves the check of the version to them."""
@@ -55,9 +57,20 @@ class Kept:
                 "enable anomaly detection to find the operation that failed to compute its "
                 "gradient, with torch.autograd.set_detect_anomaly(True)."
             )
+        if self.mark is not None and self.mark != _mark(self.tensor):
+            raise RuntimeError(
+                f"a parameter of shape {list(self.tensor.shape)} was written through its `.data` "
+                'between forward and backward; with memory="low" the forward is computed again '
+                "from it, so write to it before the forward or after backward"
+            )
         return self.tensor
 
     now = get
+
+
+def _mark(vector: Tensor) -> int:
+    """A number that changes with the values, and with their order."""
+    return int(torch.hash_tensor(vector.detach().cumsum(0)))
 
 
 class Output:
@@ -202,6 +215,8 @@ class Recorder:
                     if i >= len(saved) and not self._is_kept(tensor):
                         return None
                     source = Kept(tensor)
+                    if type(tensor) is torch.nn.Parameter and tensor.is_cpu:
+                        source.mark = _mark(tensor)
             sources.append(source)
         output = Output(function, tuple(sources), options, self._lock)
         storage = StorageWeakRef(y.untyped_storage())
@@ -311,6 +326,7 @@ def start() -> Recorder | None:
     if (
         not torch.is_grad_enabled()
         or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or not _are_hooks_allowed()
         or _are_hooks_active()
     ):
