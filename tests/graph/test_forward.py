@@ -193,6 +193,26 @@ def test_copies_are_fused_and_stand_alone(copied, pair, images, fused_calls):
     assert not torch.equal(other(images), expected)
 
 
+class Perhaps(Network):
+    """A layer outside of the pattern that may be taken away."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Tanh()
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.drop is None else self.drop(y)
+
+
+def test_a_layer_that_is_taken_away_is_not_called(images):
+    original = Perhaps()
+    converted = normdrop.convert(copy.deepcopy(original))
+    check(converted, original, images)
+    converted.drop = original.drop = None
+    check(converted, original, images)
+
+
 COPIES = {
     "deepcopy": copy.deepcopy,
     "saved": saved,
