@@ -213,6 +213,15 @@ def test_a_layer_that_is_taken_away_is_not_called(images):
     check(converted, original, images)
 
 
+def test_a_layer_that_is_added_is_called(images):
+    original = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    converted = normdrop.convert(copy.deepcopy(original))
+    check(converted, original, images)
+    for model in (converted, original):
+        model.append(nn.Tanh())
+    check(converted, original, images)
+
+
 COPIES = {
     "deepcopy": copy.deepcopy,
     "saved": saved,
