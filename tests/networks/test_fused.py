@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import normdrop
 from normdrop import networks, nn
 from normdrop.nn.batch_norm import _BatchNorm
+from normdrop.nn.linear import Linear
 
 _Make = Callable[..., Any]
 _RELU, _ADD_RELU, _NONE = (False, "relu", 1.0), (True, "relu", 1.0), (False, None, 1.0)
@@ -96,6 +97,13 @@ def test_each_norm_is_one_call_with_all_that_follows_it(
     assert calls == expected
     network.eval()(torch.randn(shape))
     assert calls[len(expected) :] == [(*call[:2], 1.0) for call in expected]
+
+
+@_all
+def test_large_linear_layers_may_take_the_faster_library(name: str) -> None:
+    make, _, _ = _NETWORKS[name]
+    kinds = {type(m) for m in make().modules() if isinstance(m, torch.nn.Linear)}
+    assert kinds == {Linear if name.startswith(("mlp", "vgg")) else torch.nn.Linear}
 
 
 @_all

@@ -50,15 +50,15 @@ def test_the_output_is_never_dropped(name: str, norm: bool) -> None:
     """What the network gives is the output layer's own product, to the bit."""
     make, shape, _ = _NETWORKS[name]
     network: Any = make(keep_input=0.5, keep_hidden=0.5, norm=norm).train()
-    assert isinstance(network.output_layer, torch.nn.Linear)
-    assert network.output_layer.out_features == 10
+    assert isinstance(network.output, torch.nn.Linear)
+    assert network.output.out_features == 10
     seen: list[tuple[Tensor, Tensor]] = []
-    network.output_layer.register_forward_hook(lambda module, x, y: seen.append((x[0], y)))
+    network.output.register_forward_hook(lambda module, x, y: seen.append((x[0], y)))
     y = network(torch.randn(shape))
     ((entered, left),) = seen
     assert y is left
     torch.testing.assert_close(
-        y, entered @ network.output_layer.weight.T + network.output_layer.bias, rtol=1e-5, atol=1e-6
+        y, entered @ network.output.weight.T + network.output.bias, rtol=1e-5, atol=1e-6
     )
     assert y.ne(0).all()
 

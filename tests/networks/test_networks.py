@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -101,8 +102,10 @@ def test_with_norm_the_layers_are_ours_and_no_bias_but_vggs_stands_before_one(na
     norms = [m for m in modules if isinstance(m, _BatchNorm)]
     assert norms
     assert all(type(m) in (nn.BatchNorm1d, nn.BatchNorm2d) for m in norms)
-    biases = [m.bias is not None for m in modules if isinstance(m, torch.nn.Conv2d)]
-    assert not any(biases) or name.startswith("vgg")
+    before = [m for m, norm in pairwise(modules) if isinstance(norm, _BatchNorm)]
+    layers = [m for m in before if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert layers
+    assert {m.bias is not None for m in layers} == {name.startswith("vgg")}
 
 
 @_all
@@ -121,12 +124,15 @@ def test_input_norm_normalizes_the_input_and_adds_nothing_else(name: str, norm: 
     torch.testing.assert_close(std, torch.ones_like(std), atol=1e-4, rtol=0)
 
 
-def test_first_dropout_comes_after_input_norm() -> None:
+@_all
+def test_first_dropout_comes_after_input_norm(name: str) -> None:
     """A dropped pixel is its channel's mean then."""
-    network = networks.resnet(8, 10, keep_input=0.5, input_norm=True)
+    make, shape = _NETWORKS[name]
+    network = make(keep_input=0.5, input_norm=True)
+    first = next(m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)))
     seen: list[torch.Tensor] = []
-    network.conv1.register_forward_pre_hook(lambda module, x: seen.append(x[0]))
-    network(torch.rand(4, 3, 8, 8) + 5)
+    first.register_forward_pre_hook(lambda module, x: seen.append(x[0]))
+    network(torch.rand(shape) + 5)
     assert 0.3 < seen[0].eq(0).double().mean() < 0.7
 
 
@@ -170,7 +176,7 @@ def test_weights_begin_by_hes_rule_and_the_first_loss_is_that_of_a_guess(name: s
             )
         if isinstance(module, torch.nn.Linear):
             expected = math.sqrt(2 / module.in_features)
-            expected = 0.01 if module is network.output_layer else expected
+            expected = 0.01 if module is network.output else expected
             torch.testing.assert_close(module.weight.std().item(), expected, rtol=0.25, atol=0)
         if getattr(module, "bias", None) is not None:
             assert module.bias.eq(0).all()
@@ -229,9 +235,24 @@ def test_channels_last_images_give_the_same_output(name: str) -> None:
 
 
 @_all
-def test_torch_fx_traces_every_network_with_its_check(name: str) -> None:
+def test_a_tool_may_write_an_output_of_its_own_to_every_module(name: str) -> None:
+    """BackPACK keeps what each module gave, and deletes it again."""
     make, shape = _NETWORKS[name]
-    network = make(norm=False, keep_input=0.9).eval()
+    network = make(keep_hidden=0.5)
+    layer = network.output
+    network.register_forward_hook(lambda module, x, y: setattr(module, "output", y))
+    y = network(torch.randn(shape))
+    assert network.output is y
+    del network.output
+    assert network.output is layer
+    assert layer in network.modules()
+
+
+@_all
+@pytest.mark.parametrize("norm", [True, False])
+def test_torch_fx_traces_every_network_with_its_check(name: str, norm: bool) -> None:
+    make, shape = _NETWORKS[name]
+    network = make(norm=norm, keep_input=0.9).eval()
     traced, x = torch.fx.symbolic_trace(network), torch.randn(shape)
     torch.testing.assert_close(traced(x), network(x))
     if name != "mlp":

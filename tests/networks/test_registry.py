@@ -17,12 +17,12 @@ def _build(name: str, shape: tuple[int, ...] = (3, 32, 32), **options: Any) -> A
 
 @pytest.mark.parametrize("name", networks.available())
 def test_every_available_name_builds_a_network_for_its_classes(name: str) -> None:
-    assert _build(name).output_layer.out_features == 7
+    assert _build(name).output.out_features == 7
 
 
 @pytest.mark.parametrize("name", ["resnet26", "wide_resnet10_1", "mlp_16", "mlp_1024_1024_2048"])
 def test_other_members_of_a_family_build_too(name: str) -> None:
-    assert _build(name).output_layer.out_features == 7
+    assert _build(name).output.out_features == 7
 
 
 def test_an_mlps_name_or_its_option_gives_the_hidden_widths() -> None:

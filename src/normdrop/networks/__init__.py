@@ -1,7 +1,7 @@
 """The lecture's networks, with batch normalization and dropout where the lecture puts them.
 
 Every network takes ``keep_input``, ``keep_hidden``, ``norm`` and ``input_norm``; its last layer,
-``network.output_layer``, is never dropped. They are written with torch's own layers, and made by
+``network.output``, is never dropped. They are written with torch's own layers, and made by
 :func:`normdrop.convert` what they are: batch normalization, the addition of the shortcut, the ReLU
 and the dropout that follow are computed in one call.
 """

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 
@@ -10,6 +10,7 @@ from normdrop import nn
 from normdrop.errors import UserError
 
 __all__ = [
+    "Output",
     "check_count",
     "check_image",
     "check_keep",
@@ -20,6 +21,38 @@ __all__ = [
     "norm2d",
     "zero_last",
 ]
+
+
+class Output:
+    """A network's attribute ``output``: its output layer, whose logits are never dropped.
+
+    A tool may write an attribute of this name to the network, as BackPACK does with what a module
+    gave; a property would refuse it.
+
+    Args:
+        path: the layer's name in the network.
+
+    Example:
+        >>> class Network(torch.nn.Module):
+        ...     output = Output("fc")
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc = torch.nn.Linear(2, 3)
+        >>> Network().output
+        Linear(in_features=2, out_features=3, bias=True)
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @overload
+    def __get__(self, network: torch.nn.Module, kind: Any) -> torch.nn.Linear: ...
+
+    @overload
+    def __get__(self, network: None, kind: Any) -> "Output": ...
+
+    def __get__(self, network: torch.nn.Module | None, kind: Any) -> "torch.nn.Linear | Output":
+        return self if network is None else cast(torch.nn.Linear, network.get_submodule(self.path))
 
 
 def norm1d(features: int, *, norm: bool) -> torch.nn.Module:

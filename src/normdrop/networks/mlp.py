@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normdrop.errors import UserError
 from normdrop.memory.low import Memory
-from normdrop.networks.layers import check_count, check_keep, dropout, initialize, norm1d
+from normdrop.networks.layers import Output, check_count, check_keep, dropout, initialize, norm1d
 from normdrop.surgery.convert import convert
 
 __all__ = ["MLP", "mlp"]
@@ -54,6 +54,8 @@ class MLP(torch.nn.Module):
         JMLR 15, 2014, whose networks for MNIST have keep_input=0.8 and keep_hidden=0.5.
     """
 
+    output = Output("fc")
+
     def __init__(
         self,
         widths: Sequence[int],
@@ -86,13 +88,8 @@ class MLP(torch.nn.Module):
             first = width
         self.hidden = torch.nn.Sequential(*layers)
         self.fc = torch.nn.Linear(first, classes)
-        initialize(self, self.output_layer)
+        initialize(self, self.output)
         convert(self, linear="auto", memory=memory)
-
-    @property
-    def output_layer(self) -> torch.nn.Linear:
-        """The output layer, whose logits are never dropped."""
-        return self.fc
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.input_drop(self.input_norm(x.flatten(1)))

@@ -101,7 +101,7 @@ def build(
 
     Example:
         >>> network = build("resnet20", classes=10, input_shape=(1, 28, 28), keep_hidden=0.9)
-        >>> network.output_layer
+        >>> network.output
         Linear(in_features=64, out_features=10, bias=True)
     """
     family, match = _find(name)

@@ -10,6 +10,7 @@ from normdrop.errors import UserError
 from normdrop.memory.low import Memory
 from normdrop.networks import layers as pieces
 from normdrop.networks.layers import (
+    Output,
     check_count,
     check_keep,
     dropout,
@@ -209,6 +210,7 @@ class ResNet(torch.nn.Module):
     """
 
     least_size: int
+    output = Output("fc")
 
     def __init__(
         self,
@@ -269,17 +271,12 @@ class ResNet(torch.nn.Module):
         self.hidden_drop = dropout(check_keep("keep_hidden", keep_hidden))
         self.fc = torch.nn.Linear(channels, classes)
 
-        initialize(self, self.output_layer)
+        initialize(self, self.output)
         if zero_init_last:
             for module in self.modules():
                 if isinstance(module, (BasicBlock, Bottleneck)):
                     module.zero_last()
         convert(self, layout=layout, memory=memory)
-
-    @property
-    def output_layer(self) -> torch.nn.Linear:
-        """The output layer, whose logits are never dropped."""
-        return self.fc
 
     def forward(self, x: Tensor) -> Tensor:
         pieces.check_image(x.shape, self.least_size, self._name)

@@ -1,7 +1,5 @@
 """VGG: stacks of 3×3 convolutions between poolings, then a perceptron."""
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -9,6 +7,7 @@ from normdrop.errors import UserError
 from normdrop.memory.low import Memory
 from normdrop.networks import layers as pieces
 from normdrop.networks.layers import (
+    Output,
     check_count,
     check_keep,
     dropout,
@@ -75,6 +74,7 @@ class VGG(torch.nn.Module):
     """
 
     least_size = 32
+    output = Output("classifier.6")
 
     def __init__(
         self,
@@ -128,13 +128,8 @@ class VGG(torch.nn.Module):
             dropout(keep_hidden),
             torch.nn.Linear(hidden, classes),
         )
-        initialize(self, self.output_layer)
+        initialize(self, self.output)
         convert(self, layout=layout, linear="auto", memory=memory)
-
-    @property
-    def output_layer(self) -> torch.nn.Linear:
-        """The output layer, whose logits are never dropped."""
-        return cast(torch.nn.Linear, self.classifier[6])
 
     def forward(self, x: Tensor) -> Tensor:
         pieces.check_image(x.shape, self.least_size, "vgg")

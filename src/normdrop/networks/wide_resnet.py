@@ -7,6 +7,7 @@ from normdrop.errors import UserError
 from normdrop.memory.low import Memory
 from normdrop.networks import layers as pieces
 from normdrop.networks.layers import (
+    Output,
     check_count,
     check_keep,
     dropout,
@@ -99,6 +100,7 @@ class WideResNet(torch.nn.Module):
     """
 
     least_size: int
+    output = Output("fc")
 
     def __init__(
         self,
@@ -156,17 +158,12 @@ class WideResNet(torch.nn.Module):
         self.avgpool = torch.nn.AdaptiveAvgPool2d(1)
         self.fc = torch.nn.Linear(channels, classes)
 
-        initialize(self, self.output_layer)
+        initialize(self, self.output)
         if zero_init_last:
             for module in self.modules():
                 if isinstance(module, WideBlock):
                     torch.nn.init.zeros_(module.conv2.weight)
         convert(self, layout=layout, memory=memory)
-
-    @property
-    def output_layer(self) -> torch.nn.Linear:
-        """The output layer, whose logits are never dropped."""
-        return self.fc
 
     def forward(self, x: Tensor) -> Tensor:
         pieces.check_image(x.shape, self.least_size, self._name)
