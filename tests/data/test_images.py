@@ -97,6 +97,14 @@ def test_camera_orientation_is_applied(tmp_path):
     assert array[0, 6, 0] < 50
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_look_at_the_header_gives_the_size_of_the_pixels(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "a.jpg", Image.new("RGB", (12, 10)), exif=exif)
+    assert look(path)[:2] == ((10, 12) if orientation <= 4 else (12, 10))
+
+
 def test_other_sizes_are_covered_and_cut_in_the_middle(tmp_path):
     image = Image.new("L", (60, 20), 0)
     image.paste(255, (20, 0, 40, 20))  # The middle third is white.

@@ -102,6 +102,32 @@ def test_module_set_epoch_reaches_loaders_made_before_and_after():
     assert torch.equal(next(iter(before))[1], next(iter(after))[1])
 
 
+@pytest.mark.parametrize("change", ["a label", "a pixel", "the classes", "the splits", "the order"])
+def test_module_digest_notices(change):
+    parts = {"train": np.arange(8), "val": np.arange(8, 10), "test": np.arange(10, 12)}
+    pixels = np.arange(48, dtype=np.uint8).reshape(-1, 1, 2, 2)
+
+    def digest(labels=(0, 1) * 6, **changes):
+        data = Made(labels, **({"splits": parts, "pixels": pixels} | changes))
+        data.setup()
+        return data.digest
+
+    assert digest() == digest()
+    assert (
+        digest()
+        != {
+            "a label": lambda: digest((1, 1, *(0, 1) * 5)),
+            "a pixel": lambda: digest(pixels=pixels + np.uint8(1)),
+            "the classes": lambda: digest(classes=("a", "c")),
+            # The same positions, one after the other.
+            "the splits": lambda: digest(
+                splits=parts | {"train": np.arange(7), "val": np.arange(7, 10)}
+            ),
+            "the order": lambda: digest(splits=parts | {"train": np.arange(8)[::-1]}),
+        }[change]()
+    )
+
+
 def test_module_setup_twice_reads_once():
     data = Made([0, 1] * 10)
     data.setup()
