@@ -162,6 +162,8 @@ def test_a_flag_overrides_the_file_of_options(parsed, tmp_path, first):
         (["train", "--validation", "0"], "Expected validation in (0, 1), but got 0"),
         (["train", "--test", "0.6", "--validation", "0.5"], "but they sum to 1.1"),
         (["train", "--seed", "-1"], "Expected seed in [0, 2⁶³), but got -1"),
+        (["train", "--lr", "0.1"], "Unknown option --lr, did you mean --learning-rate?"),
+        (["train", "--threads", "100000"], "Expected threads of at most "),
         (["train", "--max-time", "soon"], "Expected max_time such as 90s, 20m or 1h30m"),
         (["train", "--devices", "0"], "Expected devices above 0, but got 0"),
         (["train", "--devices", "99999"], "Expected devices of at most"),
@@ -268,3 +270,13 @@ def test_describe_counts_what_the_memory_option_keeps(capsys):
 
 def test_options_file_is_plain():
     assert json.dumps(Options().flat())
+
+
+def test_a_file_that_holds_no_options_is_named(tmp_path, capsys):
+    empty, record = tmp_path / "empty.yaml", tmp_path / "run.json"
+    empty.touch()
+    record.write_text('{"network": {}}')
+    assert run("train", "--config", str(empty)) == 2
+    assert f"The file of options '{empty}' is empty" in capsys.readouterr().err
+    assert run("train", "--config", str(record)) == 2
+    assert f"give '{tmp_path / 'options.yaml'}'" in capsys.readouterr().err

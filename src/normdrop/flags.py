@@ -17,6 +17,18 @@ from normdrop.errors import UserError
 
 __all__ = ["parse", "unknown"]
 
+# What other programs call these options.
+SHORT = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "arch": "model",
+    "dataset": "data",
+    "size": "image_size",
+    "amp": "precision",
+    "gpus": "devices",
+}
+
 
 def parse(
     command: Callable[..., None], arguments: Sequence[str], *, prog: str, notes: str = ""
@@ -173,8 +185,16 @@ def _config_first(arguments: Sequence[str]) -> list[str]:
     first, rest = [], list(arguments)
     while "--config" in rest[:-1]:
         place = rest.index("--config")
-        if not Path(rest[place + 1]).is_file():
+        path = Path(rest[place + 1])
+        if not path.is_file():
             raise UserError(f"There is no file {rest[place + 1]!r} for --config")
+        if not path.stat().st_size:
+            raise UserError(f"The file of options {str(path)!r} is empty")
+        if path.name == "run.json":
+            raise UserError(
+                f"{str(path)!r} says what a run trained, not its options; "
+                f"give {str(path.with_name('options.yaml'))!r}"
+            )
         first += rest[place : place + 2]
         del rest[place : place + 2]
     return first + rest
@@ -202,7 +222,8 @@ def _sentence(text: str, hints: dict[str, Any]) -> str:
             )
         if not name.startswith("-"):
             return f"Expected options, but got {name!r} too"
-        near = get_close_matches(name, flags, 1)
+        meant = ["--" + SHORT.get(name.lstrip("-"), "").replace("_", "-")]
+        near = [flag for flag in meant if flag in flags] or get_close_matches(name, flags, 1)
         return f"Unknown option {name}" + (f", did you mean {near[0]}?" if near else "")
     if match := re.match(r"Option '([^']+)' is not accepted", text):
         near = get_close_matches(match[1], list(hints), 1)

@@ -227,3 +227,8 @@ def test_folder_digest_notices_a_changed_image_but_not_a_moved_folder(image_fold
     Image.new("RGB", (16, 16)).save(moved / "a" / "0.png")
     assert digest(moved) != first
     assert digest(moved, memory_budget=0) != lazy
+
+
+def test_a_size_beyond_the_memory_is_refused(image_folder):
+    with pytest.raises(UserError, match="at most 4096 pixels a side, but got '20000'"):
+        load(image_folder({"a": 2, "b": 2}), image_size="20000")

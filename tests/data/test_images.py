@@ -105,6 +105,22 @@ def test_a_look_at_the_header_gives_the_size_of_the_pixels(tmp_path, orientation
     assert look(path)[:2] == ((10, 12) if orientation <= 4 else (12, 10))
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"%PDF-1.7\n", "a PDF"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="x"/>', "an SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC"),
+    ],
+)
+def test_other_kinds_of_files_are_named(tmp_path, content, kind):
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    for read in (look, lambda path: decode(path, RGB)):
+        with pytest.raises(Unreadable, match=f"^it is {kind}; save it as PNG or JPEG$"):
+            read(path)
+
+
 def test_other_sizes_are_covered_and_cut_in_the_middle(tmp_path):
     image = Image.new("L", (60, 20), 0)
     image.paste(255, (20, 0, 40, 20))  # The middle third is white.
@@ -137,7 +153,7 @@ def test_first_frame_of_an_animation(tmp_path):
 def test_what_is_no_image_is_unreadable(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(Unreadable, match="no image file that Pillow knows"):
+    with pytest.raises(Unreadable, match=r"^it is no image file$"):
         decode(path, RGB)
 
 

@@ -189,6 +189,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(small):
         train(small(learning_rate=1e20))
 
 
+def test_a_network_beyond_the_memory_is_named(small, monkeypatch):
+    def build(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 TB")
+
+    monkeypatch.setattr("normdrop.runs.network.networks.build", build)
+    with pytest.raises(UserError, match="The network resnet8 does not fit into memory; choose a"):
+        train(small())
+
+
 def weights_of(run):
     return safetensors.torch.load_file(run / "weights.safetensors")
 

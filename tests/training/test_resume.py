@@ -222,6 +222,22 @@ def test_a_resumed_run_keeps_its_options(finished_run, tmp_path):
     train(Options.from_flat({"epochs": 3, "max_time": "1h"}), resume=run)
 
 
+def test_a_resumed_run_keeps_its_name(finished_run, tmp_path):
+    run = unfinished(finished_run, tmp_path)
+    with pytest.raises(UserError, match=r"keeps its folder, .*run; leave out --name, or start a"):
+        train(Options.from_flat({"name": "other"}), resume=run)
+    assert train(Options.from_flat({"name": "run"}), resume=run) == run
+
+
+def test_ctrl_c_before_the_first_step_says_how_to_go_on(small, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("normdrop.training.fit.Task", interrupted)
+    with pytest.raises(Stopped, match=r"no epoch was whole yet. Go on with: .* --resume .*early"):
+        train(small(name="early"))
+
+
 def test_changed_data_are_noticed(finished_run, tmp_path):
     run = unfinished(finished_run, tmp_path)
     record = json.loads((run / "run.json").read_text())

@@ -33,6 +33,7 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[-1] == pytest.approx(0, abs=1e-12)
     assert rates[:251] == sorted(rates[:251])
     assert rates[250:] == sorted(rates[250:], reverse=True)
+    assert learning_rate(0.125, 0.4, 0.25) == pytest.approx(0.2)
     # Halfway down the cosine is half the height.
     assert learning_rate(0.625, 0.4, 0.25) == pytest.approx(0.2)
 

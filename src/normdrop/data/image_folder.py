@@ -24,6 +24,7 @@ SPLIT_FOLDERS = {
 }
 # Images that share a size up to this keep it; others become squares of one of these sides.
 LARGEST_KEPT = 256
+LARGEST_SIDE = 4096
 SIDES = (16, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
 
 
@@ -202,6 +203,11 @@ def _check_size(size: int | str | Sequence[int] | None) -> tuple[int, int] | Non
         raise UserError(
             f"image_size must be one or two numbers of at least 1, such as 64 or 48x64 (height x "
             f"width), but got {size!r}"
+        )
+    if max(sides) > LARGEST_SIDE:
+        raise UserError(
+            f"image_size must be at most {LARGEST_SIDE} pixels a side, but got {size!r}; a batch "
+            f"of such images would not fit into memory"
         )
     return sides[0], sides[-1]
 

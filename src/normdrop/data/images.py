@@ -61,7 +61,7 @@ def look(path: Path) -> tuple[int, int, bool]:
                 width, height = height, width
             return height, width, image.mode in GREY_MODES or _has_grey_palette(image)
     except Exception as error:  # Pillow raises SyntaxError, struct.error and more for bad files.
-        raise Unreadable(_reason(error)) from error
+        raise Unreadable(_reason(error, path)) from error
 
 
 def decode(path: Path, rule: Rule) -> np.ndarray:
@@ -85,7 +85,7 @@ def decode(path: Path, rule: Rule) -> np.ndarray:
             upright = ImageOps.exif_transpose(image)
             plain = _plain(upright, "L" if rule.channels == 1 else "RGB", _is_unsigned(image))
     except Exception as error:
-        raise Unreadable(_reason(error)) from error
+        raise Unreadable(_reason(error, path)) from error
     size = (rule.width, rule.height)
     if plain.size != size:
         plain = ImageOps.fit(plain, size, Image.Resampling.BILINEAR)
@@ -131,11 +131,26 @@ def _has_grey_palette(image: Image.Image) -> bool:
     return all(colours[i] == colours[i + 1] == colours[i + 2] for i in range(0, len(colours), 3))
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, path: Path) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "it is no image file that Pillow knows"
+        kind = _foreign_kind(path)
+        return f"it is {kind}; save it as PNG or JPEG" if kind else "it is no image file"
     text = str(error) or type(error).__name__
     return text[:1].lower() + text[1:] if not text[:2].isupper() else text
+
+
+def _foreign_kind(path: Path) -> str:
+    """What a file that Pillow does not read is, by its first bytes; empty for anything else."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head.startswith(b"%PDF"):
+        return "a PDF"
+    if b"<svg" in head:
+        return "an SVG"
+    brand = head[8:12] if head[4:8] == b"ftyp" else b""
+    return {b"heic": "a HEIC", b"heix": "a HEIC", b"mif1": "a HEIC", b"avif": "an AVIF"}.get(
+        brand, "a film" if brand else ""
+    )
 
 
 def walk(folder: Path) -> list[Path]:

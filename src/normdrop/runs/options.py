@@ -8,6 +8,7 @@ the network"; :mod:`normdrop.training.recipes` says what that is.
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -15,6 +16,9 @@ from typing import Any, Literal
 from normdrop.errors import UserError
 
 __all__ = ["DataOptions", "NetworkOptions", "Options", "RecipeOptions", "RunOptions", "seconds"]
+
+
+MOST_THREADS = 256
 
 
 @dataclass
@@ -179,6 +183,12 @@ class RunOptions:
         """Raise UserError for a value that cannot be."""
         _check_positive("devices", self.devices)
         _check_positive("threads", self.threads)
+        # Far beyond, the threads cannot be made, and the process dies without a word.
+        if self.threads is not None and self.threads > max(MOST_THREADS, os.cpu_count() or 1):
+            raise UserError(
+                f"Expected threads of at most {max(MOST_THREADS, os.cpu_count() or 1)}, "
+                f"but got {self.threads}"
+            )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"Expected seed in [0, 2⁶³), but got {self.seed}")
         if self.max_time is not None:

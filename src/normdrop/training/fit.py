@@ -109,6 +109,10 @@ def train(options: Options | None = None, *, resume: str | os.PathLike[str] | No
             _fit(folder, options, network, datamodule, accelerator)
         except BrokenPipeError:
             raise
+        except KeyboardInterrupt as error:
+            if isinstance(error, Stopped):
+                raise
+            raise _stopped(folder) from error
         except OSError as error:
             raise cannot_write(error, folder) from error
         return folder
@@ -122,6 +126,11 @@ def _resumed_options(folder: Path, given: Options) -> Options:
     ):
         raise UserError(
             f"The run {folder} is finished; train again with: {command_to_repeat(folder)}"
+        )
+    if given.run.name not in (None, folder.resolve().name):
+        raise UserError(
+            f"A resumed run keeps its folder, {folder}; leave out --name, or start a new run "
+            f"with: {command_to_repeat(folder)} --name {given.run.name}"
         )
     default, now, then = Options().flat(), given.flat(), kept.flat()
     free = {"max_time", "name", "runs_dir", "report"}
@@ -139,7 +148,14 @@ def _resumed_options(folder: Path, given: Options) -> Options:
 
 def _build(options: Options, datamodule: data.DataModule) -> torch.nn.Module:
     record = network_record(options, input_shape=datamodule.input_shape, classes=datamodule.classes)
-    network = build_network(record)
+    try:
+        network = build_network(record)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise UserError(
+            f"The network {options.network.model} does not fit into memory; choose a smaller one"
+        ) from error
     return network.double() if options.recipe.precision == "float64" else network
 
 
@@ -221,6 +237,12 @@ def _accelerator(chosen: RunOptions) -> str:
     return "cuda" if gpu else "cpu"
 
 
+def _stopped(folder: Path) -> Stopped:
+    whole = last_checkpoint(folder).exists()
+    kept = "the last whole epoch is kept" if whole else "no epoch was whole yet"
+    return Stopped(f"Stopped; {kept}. Go on with: {command_to_resume(folder)}")
+
+
 def _warn_without_bfloat16() -> None:
     # Older versions of torch do not say, nor does any of other processors.
     flags: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -244,9 +266,7 @@ def _fit_or_stop(
         if trainer.strategy.launcher is not None:
             # The other processes would train on; what they write, they write whole.
             trainer.strategy.launcher.kill(signal.SIGKILL)
-        whole = last_checkpoint(folder).exists()
-        kept = "the last whole epoch is kept" if whole else "no epoch was whole yet"
-        raise Stopped(f"Stopped; {kept}. Go on with: {command_to_resume(folder)}") from error
+        raise _stopped(folder) from error
     except ProcessRaisedException as error:
         # Another process can send only the text of what it raised.
         if match := re.search(r"^normdrop\.errors\.UserError: (.*)$", str(error), re.MULTILINE):
@@ -259,7 +279,7 @@ def _announce(
 ) -> None:
     sizes, shape = datamodule.sizes, "×".join(map(str, datamodule.input_shape))
     if datamodule.kind == "table":
-        shape += " inputs"
+        shape += " input" if datamodule.input_shape == (1,) else " inputs"
     counts = count_parameters(network)
     say(
         f"{datamodule.name}: {sizes['train']:,} training, {sizes['val']:,} validation and "
