@@ -205,6 +205,35 @@ def test_dropout_errors(call, error, text):
     assert text in str(caught.value)
 
 
-def test_keep_is_one_minus_p():
-    assert nn.Dropout(keep=0.8).p == 0.2
-    assert nn.Dropout(0.2).keep == 0.8
+@pytest.mark.parametrize(("p", "keep"), [(0.1, 0.9), (0.2, 0.8), (0.7, 0.3), (0.9, 0.1)])
+def test_keep_is_one_minus_p(p, keep):
+    """1 − 0.9 is 0.09999999999999998 in binary."""
+    assert nn.Dropout(keep=keep).p == p
+    assert nn.Dropout(p).keep == keep
+
+
+WITH_SCALING = MODULES[:4]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "shape"), WITH_SCALING, ids=IDS[:4])
+def test_modules_hand_on_inplace_and_scaling(ours, theirs, shape):
+    x = torch.ones(shape)
+    assert ours(0.5, inplace=True)(x) is x
+    lectures = ours(0.25, scaling="test")
+    assert set(lectures(torch.ones(shape)).unique().tolist()) <= {0.0, 1.0}
+    assert lectures.eval()(torch.ones(shape)).eq(0.75).all()
+
+
+def test_feature_alpha_dropout_drops_whole_channels():
+    z = nn.FeatureAlphaDropout(0.5)(torch.zeros(50, 20, 3, 3)).flatten(2)
+    assert (z == z[..., :1]).all()
+    assert len(z.unique()) == 2
+
+
+def test_a_module_that_torchs_class_pickled_scales_in_training():
+    layer = nn.Dropout.__new__(nn.Dropout)
+    layer.__setstate__(vars(torch.nn.Dropout(0.3)))
+    assert (layer.p, layer.scaling) == (0.3, "train")
+    layer = pickle.loads(pickle.dumps(nn.Dropout(0.3, scaling="test")))
+    assert layer.scaling == "test"
+    assert repr(layer) == "Dropout(p=0.3, inplace=False, scaling='test')"
