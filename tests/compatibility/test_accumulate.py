@@ -30,7 +30,7 @@ def test_accumulated_statistics_are_those_of_the_whole_batch(layer_type, momentu
         reference(x.double())
         with normdrop.accumulate(layer):
             for part in x.split(sizes):
-                # Of two values with a mean of 100, torch's own rounding shows; ours is held to float64.
+                # Of two values with a mean of 100, torch's rounding shows; ours is held to float64.
                 wide = part if layer_type is torch.nn.BatchNorm1d else part.double()
                 y = torch.nn.BatchNorm1d(30, dtype=wide.dtype)(wide).float()
                 torch.testing.assert_close(layer(part), y, rtol=1e-4, atol=1e-4)

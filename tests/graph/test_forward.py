@@ -273,13 +273,14 @@ def test_a_class_that_says_how_it_is_copied(copied, images):
     )
 
 
-def test_what_is_exchanged_and_cannot_be_pickled_is_no_hindrance(images):
-    model = Network()
+@pytest.mark.parametrize("tool", [normdrop.convert, normdrop.fold])
+def test_what_is_exchanged_and_cannot_be_pickled_is_no_hindrance(tool, images):
+    model = Network().eval()
     model.hidden = lambda x: x
-    normdrop.convert(model)
+    model = tool(model)
     model.hidden = None
     other = pickle.loads(pickle.dumps(model))
-    assert torch.equal(other.eval()(images), model.eval()(images))
+    assert torch.equal(other(images), model(images))
 
 
 def test_revert_of_a_part_leaves_the_rest_right(images, fused_calls):
