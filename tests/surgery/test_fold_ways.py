@@ -366,6 +366,19 @@ class Indexed(Aliased):
         return x if self.asks(x) else self.block(x) + self.block[0](x)
 
 
+class Through(Asks):
+    """Reaches through a module that is not traced either."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = CallsBlock()
+        self.inner.block = N.Sequential(N.Conv2d(3, 3, 1), N.BatchNorm2d(3))
+        self.block = N.ReLU()
+
+    def forward(self, x):
+        return x if self.asks(x) else self.inner(x) + self.inner.block[0](x)
+
+
 class Taps(Aliased):
     """As for a perceptual loss: all that comes by is taken."""
 
@@ -441,6 +454,7 @@ class HiddenWeight(Hidden):
 
 REACHING = [
     *(CallsPart, ReadsWeight, PassesFlag, InMethod, ByString, Walks, Aliased, Indexed, Taps),
+    Through,
     *(InList, ListOfLists, Hidden, HiddenInList, HiddenWeight),
 ]
 

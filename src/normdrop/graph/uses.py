@@ -99,10 +99,9 @@ class Uses:
             if (getattr(kind.forward, "__module__", None) or "").startswith("torch."):
                 continue
             path = next(path for path, module in outer.named_modules() if module is root)
-            first, *between = path.split(".")
+            first = path.partition(".")[0]
             is_list = isinstance(outer._modules[first], _LISTS)
-            between = between[1:] if is_list else between
-            what = uses_besides_calling(kind, first, is_list, frozenset({*parts, *between}))
+            what = uses_besides_calling(kind, first, is_list, frozenset(parts))
             if is_replaced(outer):
                 what = "the forward was replaced"
             if what is not None:
