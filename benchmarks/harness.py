@@ -363,9 +363,9 @@ def write_section(name: str, text: str, documents: Sequence[Path] = DOCUMENTS) -
                 write_text(document, after)
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are numbers."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], column: str = "--:") -> str:
+    """A table; the first column is text, the others are numbers unless said."""
+    lines = [header, ["---", *[column] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -119,7 +119,7 @@ def test_harness_writes_between_markers(script, tmp_path):
     "name",
     [
         *("kernels", "memory", "training_step", "training_step_apart", "inference"),
-        "checks.architectures",
+        *("checks.architectures", "checks.tools"),
     ],
 )
 def test_documents_show_what_the_results_hold(script, name):
