@@ -235,6 +235,7 @@ def _channel_dropout(
     input: Tensor, kept: float, scaling: Scaling, training: bool, inplace: bool, batched: bool
 ) -> Tensor:
     first = 2 if batched else 1
+    _check_feature_dims(input, kept, training, first)
     return dropout(
         input,
         training=training,
@@ -288,7 +289,7 @@ def dropout2d(
     A 3-D input is read as (N, C, L), as torch does, with torch's warning.
 
     Raises:
-        RuntimeError: an input with fewer than two dimensions.
+        RuntimeError: an input with fewer than two dimensions, of which channels are to be drawn.
 
     Example:
         >>> dropout2d(torch.ones(2, 3, 4, 4), keep=0.5).std(dim=(2, 3)).max()
@@ -313,7 +314,6 @@ def dropout2d(
             "channel-wise dropout behavior, please switch to using dropout1d instead.",
             stacklevel=2,
         )
-    _check_feature_dims(input)
     return _channel_dropout(input, kept, scaling, training, inplace, batched=True)
 
 
@@ -345,8 +345,9 @@ def dropout3d(
     return _channel_dropout(input, kept, scaling, training, inplace, input.dim() == 5)
 
 
-def _check_feature_dims(input: Tensor) -> None:
-    if input.dim() < 2:
+def _check_feature_dims(input: Tensor, kept: float, training: bool, least: int) -> None:
+    """Refuse an input without channels where they are drawn: in training, p neither 0 nor 1."""
+    if input.dim() < least and training and 0.0 < kept < 1.0:
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
 
 
@@ -360,7 +361,7 @@ def _alpha_dropout(
     if not training or kept == 1.0:
         return input
     if kept == 0.0:
-        return input.zero_() if inplace else input * 0.0
+        return _dropout.dropout(input, 0.0, 1.0, inplace=inplace)
     # a and b bring mean and variance back to 0 and 1.
     a = (kept * (1.0 + (1.0 - kept) * ALPHA**2)) ** -0.5
     b = -a * ALPHA * (1.0 - kept)
@@ -403,5 +404,5 @@ def feature_alpha_dropout(
 ) -> Tensor:
     """:func:`alpha_dropout` of whole channels of (N, C, …)."""
     kept = keep_probability(p, keep)
-    _check_feature_dims(input)
+    _check_feature_dims(input, kept, training, 2)
     return _alpha_dropout(input, kept, training, inplace, tuple(range(2, input.dim())))

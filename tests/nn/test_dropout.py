@@ -1,6 +1,8 @@
 """The dropout modules and functions: the lecture's equation, and torch's behaviour."""
 
 import copy
+import itertools
+import math
 import pickle
 import warnings
 
@@ -191,7 +193,7 @@ ERRORS = [
         "Expected 2D or 3D input, but received a 1D",
     ),
     (
-        lambda: functional.feature_alpha_dropout(torch.ones(3)),
+        lambda: functional.feature_alpha_dropout(torch.ones(3), training=True),
         RuntimeError,
         "Feature dropout requires at least 2 dimensions in the input",
     ),
@@ -237,3 +239,39 @@ def test_a_module_that_torchs_class_pickled_scales_in_training():
     layer = pickle.loads(pickle.dumps(nn.Dropout(0.3, scaling="test")))
     assert layer.scaling == "test"
     assert repr(layer) == "Dropout(p=0.3, inplace=False, scaling='test')"
+
+
+def result_of(function, shape, p, training, inplace):
+    """What comes back: an error, the values where nothing is left to chance, or the shape."""
+    x = torch.full(shape, 3.0)
+    try:
+        y = function(x, p, training, inplace)
+    except RuntimeError as error:
+        return str(error).partition(": ")[2] or str(error)
+    written = inplace and training
+    assert (y.data_ptr() == x.data_ptr()) == (written or p == 0.0 or not training)
+    return y.shape if training and p == 0.5 else y.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:.*dropout[23]d.*")
+@pytest.mark.parametrize("dims", range(7))
+@pytest.mark.parametrize(
+    "name",
+    ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"],
+)
+def test_any_number_of_dimensions_is_taken_or_refused_as_in_torch(name, dims):
+    shape = (2, 3, 2, 2, 1, 2)[:dims]
+    for p, training, inplace in itertools.product((0.0, 0.5, 1.0), (True, False), (True, False)):
+        results = [
+            result_of(getattr(module, name), shape, p, training, inplace)
+            for module in (functional, torch.nn.functional)
+        ]
+        assert results[0] == results[1], (p, training, inplace)
+
+
+@pytest.mark.parametrize("name", ["dropout", "dropout2d", "alpha_dropout", "feature_alpha_dropout"])
+def test_with_p_of_one_infinity_and_nan_become_zero(name):
+    x = torch.tensor([-1.0, math.inf, math.nan, 2.0]).view(1, 4, 1, 1)
+    for inplace in (False, True):
+        y = getattr(functional, name)(x.clone(), 1.0, True, inplace)
+        assert y.flatten().tolist() == [0.0] * 4

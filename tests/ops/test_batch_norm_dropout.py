@@ -79,14 +79,15 @@ def test_batch_norm_dropout_mask_values_and_gradients(shape, dtype, layout):
         weight = (torch.rand(shape[1], dtype=wide) + 0.5).requires_grad_()
         bias = torch.randn(shape[1], dtype=wide, requires_grad=True)
         residual = torch.randn(shape).to(dtype).requires_grad_() if with_residual else None
-        grad = torch.randn(shape).to(dtype)
         inputs = [t for t in (x, weight, bias, residual) if t is not None]
-        y = dropped(x, weight, bias, residual=residual, activation=activation)
-        grads = torch.autograd.grad(y, inputs, grad)
-
         doubles = [t.detach().double().requires_grad_() for t in inputs]
         z = torch.nn.functional.batch_norm(doubles[0], None, None, *doubles[1:3], True)
         z = z + doubles[3] if with_residual else z
+        # Where rounding may turn the sign, and with it the gradient, nothing comes from above.
+        is_far = z.abs() > z.abs().max() * torch.finfo(wide).eps * 1000
+        grad = torch.where(is_far, torch.randn(shape), 0.0).to(dtype)
+        y = dropped(x, weight, bias, residual=residual, activation=activation)
+        grads = torch.autograd.grad(y, inputs, grad)
         slope = activation_of(activation).slope
         wanted = torch.where(mask, torch.where(z > 0, z, slope * z) / KEEP, 0.0)
         wanted_grads = torch.autograd.grad(wanted, doubles, grad.double())
@@ -100,9 +101,8 @@ def test_batch_norm_dropout_mask_values_and_gradients(shape, dtype, layout):
         assert error <= (128 if dtype == torch.float64 or not has_kernels() else 16) * eps
         for actual, correct, given_ in zip(grads, wanted_grads, inputs, strict=True):
             assert actual.dtype == given_.dtype
-            # Near zero an activation's sign may differ from the float64 one by rounding.
             off = (actual.double() - correct).abs() / (correct.abs().max() + 1e-3)
-            assert (off > 500 * eps).float().mean() <= 0.002
+            assert off.max() <= 500 * eps
 
 
 @of_the_kernel

@@ -291,8 +291,10 @@ def test_batch_norm_instruction_sets_agree(isa, tmp_path):
         "    for size in ((4, 6, 9, 11), (33, 70), (2, 3, 50, 100)):\n"
         "        x = torch.randn(size).to(dtype).requires_grad_()\n"
         "        r = torch.randn(size).to(dtype).requires_grad_()\n"
-        "        y = batch_norm(x, None, None, training=True, residual=r, activation='relu')\n"
-        "        grads = torch.autograd.grad(y, (x, r), torch.randn(size).to(dtype))\n"
+        "        options = {'training': True, 'residual': r}\n"
+        "        y = batch_norm(x, None, None, activation='relu', **options)\n"
+        "        far = batch_norm(x, None, None, **options).abs() > 0.01  # no sign turns there\n"
+        "        grads = torch.autograd.grad(y, (x, r), (torch.randn(size) * far).to(dtype))\n"
         "        results.append([t.detach() for t in (y, *grads)])\n"
         "torch.save(results, sys.argv[1])\n"
     )
@@ -309,7 +311,5 @@ def test_batch_norm_instruction_sets_agree(isa, tmp_path):
         results.append(torch.load(path))
     for ours, theirs in zip(*results, strict=True):
         for one, two in zip(ours, theirs, strict=True):
-            off = (one.double() - two.double()).abs() > 8 * torch.finfo(
-                one.dtype
-            ).eps * two.abs().max()
-            assert off.float().mean() < 0.005
+            off = (one.double() - two.double()).abs()
+            assert off.max() <= 8 * torch.finfo(one.dtype).eps * two.abs().max()

@@ -158,6 +158,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         """:meth:`forward` as fused code calls it: with another activation, and dropout after it."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         mean, var = self.running_mean, self.running_var
+        training = self.training or (mean is None and var is None)
         momentum = 0.0 if self.momentum is None else self.momentum
         merging, average = None, None
         if not self.training:
@@ -170,8 +171,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         elif self._micro_batches is not None and mean is not None and var is not None:
             merging, momentum = self._micro_batches, 1.0
             mean, var = merging.buffers(mean, var)
-        elif self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        elif (seen := self.num_batches_tracked) is not None:
+            seen.add_(1)
             if self.momentum is None and context.is_compiled():
                 # The compiler breaks the graph, or gives up, where a tensor becomes a number.
                 average, momentum = (mean, var), 1.0
@@ -179,14 +180,14 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                     mean, var = MicroBatches.buffers(mean, var)
             elif self.momentum is None:
                 # Every batch has the same weight: a cumulative average.
-                momentum = 1.0 / float(self.num_batches_tracked)
+                momentum = 1.0 / float(seen)
         y = functional.batch_norm(
             input,
             mean,
             var,
             self.weight,
             self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
+            training,
             momentum,
             self.eps,
             residual=residual,

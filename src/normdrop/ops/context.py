@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "TENSORS",
     "is_compiled",
     "is_exported",
     "is_plain",
@@ -23,7 +24,7 @@ __all__ = [
     "is_transformed",
 ]
 
-_TENSORS = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor})
+TENSORS = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor})
 """Torch's own. A FakeTensor has no values, and a rule for every operator that is registered."""
 
 is_compiled = torch.compiler.is_compiling
@@ -50,7 +51,7 @@ def is_transformed() -> bool:
 
 def is_subclass(x: Tensor) -> bool:
     """Whether x has another class than torch's own, which says itself what operators do with it."""
-    return type(x) not in _TENSORS
+    return type(x) not in TENSORS
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -59,4 +60,4 @@ def is_plain(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(t is None or (type(t) in _TENSORS and t.layout is torch.strided) for t in tensors)
+    return all(t is None or (type(t) in TENSORS and t.layout is torch.strided) for t in tensors)

@@ -62,6 +62,8 @@ def _vendor() -> str:
 
 def _reason_for_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why torch computes this; what is wrong, or unusual, is left to it."""
+    if context.is_compiled():  # first: the compiler cannot trace what follows
+        return "the compiler chooses"
     if not prefers_onednn():
         return "oneDNN is no faster on this processor"
     if not context.is_plain(x, weight, bias):
