@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normdrop.functional import batch_norm
+from normdrop.functional import batch_norm, dropout
 from normdrop.ops import batch_norm as ops
 from normdrop.ops import reference
 from normdrop.ops.activations import activation_of
@@ -439,6 +439,40 @@ def test_batch_norm_half_vectors(dtype):
     assert y.dtype == weight.grad.dtype == bias.grad.dtype == mean.dtype == dtype
     assert weight.grad.abs().max() <= 0.25  # the truth is 0; torch gives up to 1.8
     assert (bias.grad == 8 * 14 * 14).all()
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+def test_batch_norm_past_the_cache_where_rows_begin_unaligned(activation, keep):
+    """34 MB, written past every cache: rows of 529 elements begin and end within a vector."""
+    torch.manual_seed(0)
+    x = torch.randn(252, 64, 23, 23, requires_grad=True)
+    assert x.numel() * 4 > 32 << 20
+    weight, bias = torch.randn(64), torch.randn(64)
+    y = batch_norm(x, None, None, weight, bias, True, activation=activation, keep=keep, seed=3)
+    some = [0, 1, 2, 3, 31, 63]
+    mask = dropout(torch.ones_like(x), keep=keep, seed=3)[:, some].double()
+    slope = activation_of(activation).slope
+    doubles = x.detach()[:, some].double().requires_grad_()
+    z = expected(doubles, weight[some].double(), bias[some].double(), None, 1.0)
+    wanted = torch.where(z > 0, z, slope * z) * mask
+    grad = torch.zeros_like(x)
+    grad[:, some] = torch.where(z.abs() > 1e-3, torch.randn(z.shape), 0.0).float()
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    (wanted_grad,) = torch.autograd.grad(wanted, doubles, grad[:, some].double())
+    assert_close(y[:, some], wanted, torch.float32)
+    assert_close(grad_x[:, some], wanted_grad, torch.float32, 64)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2, 5), (4, 3, 1, 2)])
+def test_reference_moves_the_running_statistics_as_torch_does(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    ours = [torch.rand(shape[1], dtype=torch.float64) + 1 for _ in range(2)]
+    theirs = [t.clone() for t in ours]
+    mean, var = reference.batch_statistics(x)
+    reference.update_running_statistics(*ours, mean, var, x.numel() // shape[1], 0.3)
+    torch.nn.functional.batch_norm(x, *theirs, training=True, momentum=0.3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 SMALL_ROWS = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,6 @@ _TABLE: dict[str | None, Activation] = {
 }
 
 
-@lru_cache(maxsize=64)
 def _leaky_relu(name: str) -> Activation | None:
     if not (name.startswith(_LEAKY) and name.endswith(")")):
         return None
