@@ -5,6 +5,7 @@ import gc
 import inspect
 import io
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -166,6 +167,30 @@ def test_mixed_types_are_added_as_the_model_does(images):
     torch.testing.assert_close(y, original(images), rtol=1e-4, atol=1e-4)
 
 
+class IntoTheOther(nn.Module):
+    """The sum is written to the other summand, whose type it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1).double(), nn.BatchNorm2d(3).double()
+        self.other = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x.double()))
+        z = self.other(x)
+        z += y
+        return F.relu(z)
+
+
+@pytest.mark.parametrize("tool", [normdrop.convert, normdrop.fold])
+def test_a_sum_has_the_type_of_what_it_is_written_to(tool, images):
+    original = IntoTheOther().eval()
+    with torch.inference_mode():
+        y = tool(copy.deepcopy(original))(images)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, original(images), rtol=1e-4, atol=1e-4)
+
+
 def saved(model):
     file = io.BytesIO()
     torch.save(model, file)
@@ -271,6 +296,25 @@ def test_a_class_that_says_how_it_is_copied(copied, images):
     check(
         COPIES[copied](normdrop.convert(copy.deepcopy(original))), COPIES[copied](original), images
     )
+
+
+class Locks(Network):
+    """Holds what no copy can have."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "lock": None}
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickled"])
+def test_what_a_class_leaves_out_of_copies_is_left_out(copied, images):
+    converted = normdrop.convert(Locks())
+    other = COPIES[copied](converted)
+    assert other.lock is None
+    check(other, converted, images)
 
 
 class Holds(nn.Sequential):

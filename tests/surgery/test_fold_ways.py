@@ -379,6 +379,11 @@ class Through(Asks):
         return x if self.asks(x) else self.inner(x) + self.inner.block[0](x)
 
 
+class ByBase(CallsPart):
+    def forward(self, x):
+        return super().forward(x)
+
+
 class Taps(Aliased):
     """As for a perceptual loss: all that comes by is taken."""
 
@@ -454,7 +459,7 @@ class HiddenWeight(Hidden):
 
 REACHING = [
     *(CallsPart, ReadsWeight, PassesFlag, InMethod, ByString, Walks, Aliased, Indexed, Taps),
-    Through,
+    *(Through, ByBase),
     *(InList, ListOfLists, Hidden, HiddenInList, HiddenWeight),
 ]
 
