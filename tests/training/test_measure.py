@@ -74,6 +74,14 @@ def test_a_class_that_never_comes_up_counts_as_zero():
     }  # fmt: skip
 
 
+def test_the_loss_of_a_sure_mistake_is_its_own_but_finite():
+    given = torch.tensor([[1 - 1e-9, 1e-9]], dtype=torch.float64)
+    assert measure(given, torch.tensor([1]), "ab")["loss"] == pytest.approx(-math.log(1e-9))
+    assert measure(given.round(), torch.tensor([1]), "ab")["loss"] == pytest.approx(
+        -math.log(1e-12)
+    )
+
+
 @pytest.mark.parametrize(("confidence", "place"), [(0.6, 8), (0.8, 11), (0.8001, 12), (1.0, 14)])
 def test_a_bin_of_calibration_holds_its_upper_edge(confidence, place):
     given = torch.tensor([[confidence, 1 - confidence]], dtype=torch.float64)

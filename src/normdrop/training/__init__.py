@@ -1,1 +1,1 @@
-"""Training: options, the task, fitting, evaluation and prediction; needs ``normdrop[train]``."""
+"""Training: recipes, the task, fitting, evaluation and prediction; needs ``normdrop[train]``."""
