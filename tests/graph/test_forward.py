@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import io
+import operator
 import pickle
 import threading
 import weakref
@@ -188,6 +189,30 @@ def test_a_sum_has_the_type_of_what_it_is_written_to(tool, images):
     with torch.inference_mode():
         y = tool(copy.deepcopy(original))(images)
         assert y.dtype == torch.float32
+        torch.testing.assert_close(y, original(images), rtol=1e-4, atol=1e-4)
+
+
+class SeenAfterwards(nn.Module):
+    """The other summand is read again, once before and once after the sum is written to it."""
+
+    def __init__(self, writes):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.other, self.writes = nn.Conv2d(3, 3, 1), writes
+
+    def forward(self, x):
+        z = self.other(x)
+        y = self.bn(self.conv(x))
+        total = operator.iadd(z, y) if self.writes else z + y
+        return F.relu(total) + 0.5 * z
+
+
+@pytest.mark.parametrize("tool", [normdrop.convert, normdrop.fold])
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_summand_that_is_read_afterwards_is_what_it_shall_be(writes, tool, images):
+    original = SeenAfterwards(writes).eval()
+    with torch.inference_mode():
+        y = tool(copy.deepcopy(original))(images)
         torch.testing.assert_close(y, original(images), rtol=1e-4, atol=1e-4)
 
 
