@@ -1,5 +1,6 @@
 """``describe`` counts what runs, and leaves the model as it was."""
 
+import contextlib
 import copy
 import json
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 import normdrop
 from normdrop import networks
 from normdrop.errors import UserError
-from normdrop.inspection import Layer
+from normdrop.inspection import Description, Layer
 
 
 def _on_meta(name: str, side: int, **options: Any) -> normdrop.inspection.Description:
@@ -372,6 +373,63 @@ def test_the_table_names_layers_and_sums_them() -> None:
     total = next(line for line in lines if line.startswith("total"))
     assert total.split()[1:4] == ["74,810", "240", "480"]
     assert "adds 240 nodes (K) with 480 parameters (γ, α), 0.64% of 75,290." in text
+
+
+def test_the_share_of_gamma_and_alpha_is_of_all_parameters() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    text = str(normdrop.describe(model, "2"))
+    assert "adds 3 nodes (K) with 6 parameters (γ, α), 40.00% of 15." in text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999 B"), (1000, "1.0 kB"), (999_940, "999.9 kB"), (999_960, "1.0 MB"), (0, "")],
+)
+def test_bytes_are_in_the_unit_that_keeps_them_below_1000(count: int, text: str) -> None:
+    layer = Layer("layer", "Layer", kept_bytes=count)
+    line = str(Description("Model", (1,), 1, [layer])).splitlines()[3]
+    assert line.removeprefix("layer  Layer").strip() == text
+
+
+def test_what_code_between_layers_keeps_has_a_row_of_its_own() -> None:
+    class Sine(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x).sin()
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), Sine())
+    layers = {layer.name: layer for layer in normdrop.describe(model, "2", batch_size=4).layers}
+    assert layers.keys() == {"0", "1"}
+    assert layers["1"].kept_bytes == 4 * 3 * 4
+
+
+def test_a_last_side_of_up_to_four_is_the_channels_where_no_layer_says_so() -> None:
+    for channels in (1, 3, 4):
+        shape = normdrop.describe(torch.nn.Flatten(), (9, 8, channels)).input_shape
+        assert shape == (channels, 9, 8)
+    assert normdrop.describe(torch.nn.Flatten(), (9, 8, 5)).input_shape == (9, 8, 5)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_what_follows_a_failure_that_the_model_catches_counts_at_the_model(fuse: bool) -> None:
+    class Careful(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.ReLU())
+            self.fc = torch.nn.Linear(3, 2, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with contextlib.suppress(ValueError):  # one value a channel
+                x = self.block(x)
+            return self.fc(x).sin()
+
+    model = normdrop.convert(Careful(), fuse=fuse)
+    layers = {layer.name: layer for layer in normdrop.describe(model, "3", batch_size=1).layers}
+    assert layers[""].kept_bytes == 2 * 4
+    assert layers["block.0"].kept_bytes == 0
 
 
 def test_the_table_says_where_there_is_no_batch_norm() -> None:

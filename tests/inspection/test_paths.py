@@ -76,6 +76,18 @@ def test_what_is_torchs_says_why() -> None:
 
 
 @_with_kernels
+def test_a_path_that_is_taken_twice_is_named_once() -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = normdrop.functional.dropout(x.to(torch.complex64)).real
+            return normdrop.functional.dropout(normdrop.functional.dropout(x))
+
+    reason = "the input has none of the types float32, float64, bfloat16 and float16"
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), Twice())
+    assert _paths(model, "4")["1"] == ("Twice", f"torch: {reason}, kernel")
+
+
+@_with_kernels
 def test_fused_code_that_steps_aside_is_said() -> None:
     network = networks.resnet(8, 10)
     network.relu.register_forward_hook(lambda module, x, y: None)
