@@ -116,6 +116,20 @@ class Writes(N.Module):
         return y.relu() + z.reshape(z.shape)
 
 
+class WritesPart(N.Module):
+    """Writes to a part of what a view was taken of before."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = N.Conv2d(3, 8, 3), N.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = F.relu(self.bn(self.conv(x)))
+        flat = y.view(y.size(0), -1)
+        y[:, :2].zero_()
+        return flat * 2.0
+
+
 class AddsBroadcast(N.Module):
     def __init__(self):
         super().__init__()
@@ -182,6 +196,7 @@ MODELS = {
     "leaky": (Leaky, (3, 10, 12)),
     "leaky, converted": (lambda: normdrop.convert(Leaky()), (3, 10, 12)),
     "writes": (Writes, (3, 7, 6)),
+    "writes to a part": (WritesPart, (3, 7, 6)),
     "broadcast": (AddsBroadcast, (3, 7, 6)),
     "view in what cannot be traced": (stack, (3, 7, 6)),
     "ours, small": (lambda: networks.resnet(8, 10, width=4), (3, 16, 16)),
