@@ -45,7 +45,7 @@ def test_checkpointed_dropout_has_one_mask(pair, images, step, reentrant):
 
 @pytest.mark.parametrize("shape", [(6, 4), (300, 4, 20)])
 def test_checkpoints_within_checkpoints(shape):
-    """Small inputs go to torch's operator and large ones to ours."""
+    """Columns (the channels lie side by side) and rows."""
     layers = torch.nn.Sequential(nn.BatchNorm1d(4), torch.nn.Tanh(), nn.BatchNorm1d(4))
     twin = copy.deepcopy(layers)
     x = torch.randn(shape, requires_grad=True)
