@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from normdrop.errors import UserError
 from normdrop.report.report import write_report
+from normdrop.report.wording import percent
 
 FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -157,6 +158,30 @@ def test_report_is_the_same_wherever_and_whenever_it_is_written(finished, tmp_pa
     folder, _, text = finished
     shutil.copytree(folder, tmp_path / "run")
     assert read(tmp_path / "run")[1] == text
+
+
+def test_report_shows_the_weakest_class_first(finished):
+    folder, _, text = finished
+    rows = json.loads((folder / "result.json").read_text())["per_class"]
+    table = text.split('<table class="classes">')[1].split("</table>")[0]
+    shown = re.findall(r'<th scope="row">(.*?)</th>', table)
+    f1 = {row["class"]: row["f1"] for row in rows}
+    assert [f1[name] for name in shown] == sorted(f1.values())
+    assert len(set(f1.values())) > 1
+
+
+def test_report_shows_mistakes_as_shares_of_the_true_class(make_run):
+    folder = make_run(classes=3, error=0.5, samples=90, epochs=1, layers=1)
+    _, text = read(folder)
+    counts = np.array(json.loads((folder / "result.json").read_text())["confusion"])
+    table = text.split("<h4>Most frequent mistakes</h4>")[1].split("</table>")[0]
+    shown = re.findall(r"<tr><td>(.)</td><td>(.)</td><td[^>]*>(\d+)</td><td[^>]*>(.*?)</td>", table)
+    assert len(shown) == np.count_nonzero(counts - np.diag(np.diag(counts)))
+    for truth, guess, count, share in shown:
+        row = counts[int(truth)]
+        assert int(count) == row[int(guess)]
+        assert share == percent(int(count) / row.sum())
+    assert (counts.sum(0) != counts.sum(1)).any()
 
 
 def test_report_shows_the_worst_mistakes_in_order(finished):

@@ -155,9 +155,11 @@ def test_describe_speed_names_slow_epochs_but_not_the_first(run):
         ({}, None),
         ({(0, 0): 0, (0, 1): 20}, "never names “0”"),
         ({(0, 0): 12, (0, 1): 8}, "takes 40\u00a0% of “0” for “1”"),
+        ({(0, 0): 15, (0, 1): 5}, "takes 25\u00a0% of “0” for “1”"),
+        ({(0, 0): 16, (0, 1): 4}, None),
         ({(0, 0): 2, (0, 1): 2}, None),
     ],
-    ids=["diagonal", "never", "mixed", "few"],
+    ids=["diagonal", "never", "mixed", "a quarter", "a fifth", "few"],
 )
 def test_describe_confusion_warnings(run, cells, sign):
     confusion = 20 * np.eye(10, dtype=np.int64)
@@ -166,6 +168,19 @@ def test_describe_confusion_warnings(run, cells, sign):
     sentence = sentences.describe_confusion(run, confusion)
     assert sentence.warning == (sign is not None)
     assert sign is None or sign in sentence.sign
+
+
+@pytest.mark.parametrize(
+    ("support", "recall", "warning"), [(10, 0.49, True), (10, 0.5, False), (9, 0.1, False)]
+)
+def test_describe_per_class_warns_of_classes_that_are_rarely_found(run, support, recall, warning):
+    rows = [dict(row, support=20, recall=0.9) for row in run.result["per_class"]]
+    rows[3] |= {"support": support, "recall": recall}
+    sentence = sentences.describe_per_class(
+        dataclasses.replace(run, result=dict(run.result, per_class=rows))
+    )
+    assert sentence.warning == warning
+    assert ("fewer than half of the samples of “3”" in sentence.sign) == warning
 
 
 def test_describe_reliability_says_to_which_side_it_errs(run):
