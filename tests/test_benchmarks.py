@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import normdrop
+from normdrop.ops.conv2d import HAS_CONV2D
 
 
 @pytest.fixture
@@ -120,6 +121,7 @@ def test_harness_writes_between_markers(script, tmp_path):
     [
         *("kernels", "memory", "training_step", "training_step_apart", "inference"),
         *("checks.architectures", "checks.tools"),
+        "convolution",
     ],
 )
 def test_documents_show_what_the_results_hold(script, name):
@@ -300,6 +302,36 @@ def test_large_says_what_it_leaves_out(script, tmp_path, monkeypatch, capsys):
     assert large.main(["--quick", "--output", str(tmp_path)]) == 0
     assert "left out, it needs" in capsys.readouterr().out
     assert read(tmp_path / "large.csv") == []
+
+
+@pytest.mark.skipif(not HAS_CONV2D, reason="no kernels for this processor")
+def test_convolution_measures_times_and_errors(script, tmp_path, capsys):
+    convolution = script("convolution")
+    arguments = ["--quick", "--threads", "1", "--repeats", "2", "--output", str(tmp_path)]
+    assert convolution.main(arguments) == 0
+    rows = read(tmp_path / "convolution.csv")
+    assert {row["pass"] for row in rows} == set(convolution.PASSES)
+    assert {row["data"] for row in rows} == {"normal", "after ReLU"}
+    for row in rows:
+        assert float(row["min_ms"]) > 0
+        assert 0 < float(row["error"]) < 1e-5
+        assert float(row["ratio"]) == 1 or row["provider"] == "normdrop"
+    assert "<svg" in (tmp_path / "convolution.svg").read_text(encoding="utf-8")
+    assert "forward" in capsys.readouterr().out
+
+
+def test_convolution_tables_hold_the_measured_figures(script):
+    convolution = script("convolution")
+    row = {"shape": "32x64x64x32", "threads": 1, "data": "normal"}
+    rows = [
+        {**row, "provider": provider, "pass": name, "min_ms": ms * (i + 1), "error": ms * 1e-6}
+        for provider, ms in (("torch", 6.0), ("normdrop", 2.0))
+        for i, name in enumerate(convolution.PASSES)
+    ]
+    speed = "| 32, 64, 64, 32 | 6.00 | 12.0 | 18.0 | 2.00 | 4.00 | 6.00 | 3.00 | 2.5 |"
+    assert convolution.speed_table(rows).splitlines()[2:] == [speed]
+    errors = "| 32, 64, 64, 32 | normal | 6.00, 2.00 | 6.00, 2.00 | 6.00, 2.00 |"
+    assert convolution.error_table(rows).splitlines()[2:] == [errors]
 
 
 def test_training_step_compares_whole_steps(script, tmp_path, capsys):

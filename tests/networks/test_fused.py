@@ -14,7 +14,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import normdrop
 from normdrop import networks, nn
 from normdrop.nn.batch_norm import _BatchNorm
+from normdrop.nn.conv2d import Conv2d
 from normdrop.nn.linear import Linear
+from normdrop.ops.conv2d import HAS_CONV2D
+from normdrop.surgery.convolution import reason_to_keep
 
 _Make = Callable[..., Any]
 _RELU, _ADD_RELU, _NONE = (False, "relu", 1.0), (True, "relu", 1.0), (False, None, 1.0)
@@ -242,3 +245,17 @@ def test_memory_and_layout_are_the_constructors_and_nothing_else_is(name: str) -
         for module in laid.modules():
             if isinstance(module, torch.nn.Conv2d):
                 assert module.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not HAS_CONV2D, reason="no kernels for this processor")
+@pytest.mark.parametrize("name", [name for name in _NETWORKS if name != "mlp"])
+def test_convolutions_are_torchs_unless_the_constructor_chooses(name: str) -> None:
+    make, _, _ = _NETWORKS[name]
+    for option, expected in (({}, False), ({"convolution": "auto"}, True)):
+        found = [
+            type(layer) is Conv2d
+            for layer in make(**option).modules()
+            if isinstance(layer, torch.nn.Conv2d) and reason_to_keep(layer) is None
+        ]
+        assert found
+        assert set(found) == {expected}

@@ -20,6 +20,7 @@ from normdrop.networks.layers import (
     zero_last,
 )
 from normdrop.surgery.convert import convert
+from normdrop.surgery.convolution import Convolution
 from normdrop.surgery.layout import Layout
 
 __all__ = ["BasicBlock", "Bottleneck", "Pad", "ResNet", "resnet"]
@@ -186,6 +187,7 @@ class ResNet(torch.nn.Module):
             shape changes; None takes the family's.
         layout: memory layout of the maps, ``"channels_last"`` or ``"keep"`` for torch's own;
             ``"auto"`` takes channels_last on the CPU, where it is faster. The numbers are the same.
+        convolution: "auto" takes our kernels for 3×3 convolutions: :func:`normdrop.convert`.
         memory: "low" keeps less for backward, with the same gradients: :func:`normdrop.convert`.
 
     Shape:
@@ -228,6 +230,7 @@ class ResNet(torch.nn.Module):
         stem_stride: int = 1,
         shortcut: Literal["projection", "pad"] | None = None,
         layout: Layout = "auto",
+        convolution: Convolution = "keep",
         memory: Memory = "normal",
     ) -> None:
         super().__init__()
@@ -276,7 +279,7 @@ class ResNet(torch.nn.Module):
             for module in self.modules():
                 if isinstance(module, (BasicBlock, Bottleneck)):
                     module.zero_last()
-        convert(self, layout=layout, memory=memory)
+        convert(self, layout=layout, convolution=convolution, memory=memory)
 
     def forward(self, x: Tensor) -> Tensor:
         pieces.check_image(x.shape, self.least_size, self._name)

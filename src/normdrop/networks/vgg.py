@@ -15,6 +15,7 @@ from normdrop.networks.layers import (
     norm2d,
 )
 from normdrop.surgery.convert import convert
+from normdrop.surgery.convolution import Convolution
 from normdrop.surgery.layout import Layout
 
 __all__ = ["VGG", "vgg"]
@@ -55,6 +56,7 @@ class VGG(torch.nn.Module):
         input_norm: normalize the image, channel by channel.
         layout: memory layout of the maps, ``"channels_last"`` or ``"keep"`` for torch's own;
             ``"auto"`` takes channels_last on the CPU, where it is faster. The numbers are the same.
+        convolution: "auto" takes our kernels for 3×3 convolutions: :func:`normdrop.convert`.
         memory: "low" keeps less for backward, with the same gradients: :func:`normdrop.convert`.
 
     Shape:
@@ -90,6 +92,7 @@ class VGG(torch.nn.Module):
         norm: bool = True,
         input_norm: bool = False,
         layout: Layout = "auto",
+        convolution: Convolution = "keep",
         memory: Memory = "normal",
     ) -> None:
         super().__init__()
@@ -129,7 +132,7 @@ class VGG(torch.nn.Module):
             torch.nn.Linear(hidden, classes),
         )
         initialize(self, self.output)
-        convert(self, layout=layout, linear="auto", memory=memory)
+        convert(self, layout=layout, convolution=convolution, linear="auto", memory=memory)
 
     def forward(self, x: Tensor) -> Tensor:
         pieces.check_image(x.shape, self.least_size, "vgg")

@@ -16,6 +16,7 @@ from normdrop.networks.layers import (
     norm2d,
 )
 from normdrop.surgery.convert import convert
+from normdrop.surgery.convolution import Convolution
 from normdrop.surgery.layout import Layout
 
 __all__ = ["WideBlock", "WideResNet", "wide_resnet"]
@@ -82,6 +83,7 @@ class WideResNet(torch.nn.Module):
             multiply-adds.
         layout: memory layout of the maps, ``"channels_last"`` or ``"keep"`` for torch's own;
             ``"auto"`` takes channels_last on the CPU, where it is faster. The numbers are the same.
+        convolution: "auto" takes our kernels for 3×3 convolutions: :func:`normdrop.convert`.
         memory: "low" keeps less for backward, with the same gradients: :func:`normdrop.convert`.
 
     Shape:
@@ -117,6 +119,7 @@ class WideResNet(torch.nn.Module):
         zero_init_last: bool = False,
         stem_stride: int = 1,
         layout: Layout = "auto",
+        convolution: Convolution = "keep",
         memory: Memory = "normal",
     ) -> None:
         super().__init__()
@@ -163,7 +166,7 @@ class WideResNet(torch.nn.Module):
             for module in self.modules():
                 if isinstance(module, WideBlock):
                     torch.nn.init.zeros_(module.conv2.weight)
-        convert(self, layout=layout, memory=memory)
+        convert(self, layout=layout, convolution=convolution, memory=memory)
 
     def forward(self, x: Tensor) -> Tensor:
         pieces.check_image(x.shape, self.least_size, self._name)

@@ -22,6 +22,7 @@ def network_record(
     model = chosen.pop("model")
     if "layout" in networks.options(model):
         chosen["layout"] = "channels_last" if options.recipe.channels_last else "keep"
+        chosen["convolution"] = options.recipe.convolution
     return {
         "name": model,
         "options": {name: value for name, value in chosen.items() if value is not None},
