@@ -379,6 +379,35 @@ def test_report_refuses_metrics_that_no_run_wrote(make_run, text):
         write_report(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mistakes", lambda values: values + 9999),
+        ("mistakes", lambda values: values - 9999),
+        ("labels", lambda values: values + 10),
+        ("labels", lambda values: values - 10),
+        ("probabilities", lambda values: values[:, :9].copy()),
+        ("mistake_pictures", lambda values: values[1:].copy()),
+    ],
+)
+def test_report_refuses_an_evaluation_that_does_not_fit_together(make_run, name, change):
+    folder = make_run(epochs=1, layers=1)
+    path = folder / "evaluation.safetensors"
+    evaluation = load_file(path)
+    save_file(evaluation | {name: change(evaluation[name])}, path)
+    with pytest.raises(UserError, match="its tensors do not fit together"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize("name", ["confusion", "per_class"])
+def test_report_refuses_a_result_of_other_classes(make_run, name):
+    folder = make_run(epochs=1, layers=1)
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {name: result[name][:9]}))
+    with pytest.raises(UserError, match="its tables are not those of the 10 classes"):
+        write_report(folder)
+
+
 def test_report_that_cannot_be_written_keeps_the_page(make_run, monkeypatch):
     folder = make_run(epochs=2, layers=1, finished=False)
     (folder / "report.html").write_text("before")
