@@ -2,9 +2,9 @@
 
 A step is the forward, the cross-entropy, the backward, and SGD with Nesterov momentum as
 ``torch.optim.SGD`` comes, gradients set to None. Every network stands as its user writes it
-(models.py), in NCHW and in channels_last; the same given to ``normdrop.convert``, and the network
-of ours where there is one, in the layout that they choose. All take their steps in turn in one
-process. ``--fused`` adds ``SGD(fused=True)``, ``--peers`` adds torch.compile, and JAX where it is
+(models.py), in NCHW and in channels_last; the same given to ``normdrop.convert``, without and with
+our convolutions, and the network of ours where there is one, in the layout that they choose. All
+take their steps in turn in one process. ``--fused`` adds ``SGD(fused=True)``, ``--peers`` adds torch.compile, and JAX where it is
 installed. Printed, and written to
 training_step.csv: median, minimum and quartiles, and how many times as fast as torch eager in NCHW
 and in its better layout.
@@ -171,12 +171,14 @@ def providers(
             run = torch.compile(model) if compiled else model
             yield Provider(name, layout, step_measure(run, parameters, batch, labels, fused))
 
-    def converted(name: str, fused: bool = False) -> Provider:
-        model = normdrop.convert(copy(), layout="auto", linear="auto")
+    def converted(name: str, fused: bool = False, **options: Any) -> Provider:
+        model = normdrop.convert(copy(), layout="auto", linear="auto", **options)
         return Provider(name, AUTO, step_measure(model, model.parameters(), x, labels, fused))
 
     yield from torchs("torch")
     yield converted("convert")
+    if last is not None:
+        yield converted("convert, convolution", convolution="auto")
     if network.ours is not None:
         ours = network.ours().train()
         yield Provider("network", AUTO, step_measure(ours, ours.parameters(), x, labels))

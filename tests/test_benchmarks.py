@@ -342,7 +342,7 @@ def test_training_step_compares_whole_steps(script, tmp_path, capsys):
     assert set(rows[0]) == {*training_step.COLUMNS, "processor", "torch"}
     assert {row["network"] for row in rows} == {network.name for network in training_step.QUICK}
     assert {row["provider"] for row in rows} == {
-        *("torch", "convert", "network"),
+        *("torch", "convert", "convert, convolution", "network"),
         *("torch, fused SGD", "convert, fused SGD"),
     }
     for row in rows:
