@@ -562,3 +562,10 @@ def test_networks_take_the_option(name):
     message = 'Expected `memory` to be "normal" or "low"'
     with torch.device("meta"), pytest.raises(normdrop.UserError, match=message):
         networks.build(name, classes=2, input_shape=shape, memory="lo")
+
+
+def test_a_mark_may_be_beyond_int64():
+    """Half of all hashes are; each vector has its own."""
+    marks = {recompute._mark(torch.randn(8)) for _ in range(64)}
+    assert len(marks) == 64
+    assert max(marks) >= 2**63 > min(marks)

@@ -70,7 +70,8 @@ class Kept:
 
 def _mark(vector: Tensor) -> int:
     """A number that changes with the values, and with their order."""
-    return int(torch.hash_tensor(vector.detach().cumsum(0)))
+    # int() of a tensor goes through int64, which half of the hashes are beyond.
+    return int(torch.hash_tensor(vector.detach().cumsum(0)).item())
 
 
 class Output:
