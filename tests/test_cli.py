@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from normdrop import cli
+from normdrop.flags import parse
 from normdrop.runs.options import (
     DataOptions,
     NetworkOptions,
@@ -280,3 +281,11 @@ def test_a_file_that_holds_no_options_is_named(tmp_path, capsys):
     assert f"The file of options '{empty}' is empty" in capsys.readouterr().err
     assert run("train", "--config", str(record)) == 2
     assert f"give '{tmp_path / 'options.yaml'}'" in capsys.readouterr().err
+
+
+def test_of_two_files_of_options_both_hold_and_the_later_first(tmp_path, monkeypatch):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("epochs: 3\nseed: 5\n")
+    two.write_text("epochs: 4\n")
+    given = parse(cli.train, ["--config", str(one), "--config", str(two)], prog="normdrop train")
+    assert (given["recipe"].epochs, given["run"].seed) == (4, 5)

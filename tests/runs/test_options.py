@@ -51,3 +51,9 @@ def test_times(text, length):
 def test_what_is_no_time(text):
     with pytest.raises(UserError, match="Expected max_time such as 90s"):
         seconds(text)
+
+
+def test_validation_and_test_leave_samples_to_train_on():
+    DataOptions(validation=0.25, test=0.5).check()
+    with pytest.raises(UserError, match="leave samples to train on, but they sum to 1; make"):
+        DataOptions(validation=0.25, test=0.75).check()

@@ -278,6 +278,15 @@ def test_images_that_cannot_be_read_are_skipped_and_listed(
     assert predictions(finished_run, pictures, skip_unreadable=True) == whole
 
 
+def test_the_table_names_the_class_that_comes_next(finished_run, digit_folder, capsys):
+    picture = digit_folder / "0" / "0.png"
+    (row,) = predictions(finished_run, [picture])
+    (first, _), (second, share) = sorted(row["probabilities"].items(), key=lambda p: -p[1])[:2]
+    assert cli.main(["predict", str(finished_run), str(picture)]) == 0
+    shown = capsys.readouterr().out.splitlines()[-1].split()
+    assert shown[1:] == [first, f"{row['probability']:.1%}", second, f"{share:.1%}"]
+
+
 def test_a_file_that_cannot_be_read_is_named(finished_run, tmp_path, capsys):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
