@@ -4,10 +4,9 @@ A step is the forward, the cross-entropy, the backward, and SGD with Nesterov mo
 ``torch.optim.SGD`` comes, gradients set to None. Every network stands as its user writes it
 (models.py), in NCHW and in channels_last; the same given to ``normdrop.convert``, without and with
 our convolutions, and the network of ours where there is one, in the layout that they choose. All
-take their steps in turn in one process. ``--fused`` adds ``SGD(fused=True)``, ``--peers`` adds torch.compile, and JAX where it is
-installed. Printed, and written to
-training_step.csv: median, minimum and quartiles, and how many times as fast as torch eager in NCHW
-and in its better layout.
+take their steps in turn in one process. ``--fused`` adds ``SGD(fused=True)``, ``--peers`` adds
+torch.compile, and JAX where it is installed. Printed, and written to training_step.csv: median,
+minimum and quartiles, and how many times as fast as torch eager in NCHW and in its better layout.
 """
 
 from __future__ import annotations
