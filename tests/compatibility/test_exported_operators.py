@@ -160,7 +160,7 @@ def test_exported_program_runs_where_normdrop_is_not_installed(tmp_path: Path):
     torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
     torch.save((x, model(x).detach()), tmp_path / "tensors.pt")
     command = [sys.executable, "-c", WITHOUT, tmp_path / "model.pt2", tmp_path / "tensors.pt"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

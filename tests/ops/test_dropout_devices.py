@@ -64,7 +64,7 @@ def test_meta_tensors_with_a_certain_mask_draw_nothing(masks):
 
 def by_torch(x, keep, scaling="train", shared_dims=()):
     coefficients = (1 / keep if scaling == "train" else 1.0, 0.0, 0.0)
-    return ops._drop_by_torch(x, keep, coefficients, shared_dims)
+    return ops._drop_by_torch(x, keep, coefficients, shared_dims, is_exported=False)
 
 
 @pytest.mark.parametrize("scaling", ["train", "test"])
@@ -103,7 +103,7 @@ def test_torchs_generator_shares_draws_and_fills():
     torch.testing.assert_close(z, kept[..., None, None] * x * 2)
     assert 0 < kept.sum() < kept.numel()
     torch.manual_seed(4)
-    y = ops._drop_by_torch(x, 0.7, (0.9, 0.3, -1.2), ())
+    y = ops._drop_by_torch(x, 0.7, (0.9, 0.3, -1.2), (), is_exported=False)
     torch.manual_seed(4)
     mask = torch.rand(x.shape) < 0.7
     torch.testing.assert_close(y, reference.dropout(x, mask, 0.9, 0.3, -1.2))
