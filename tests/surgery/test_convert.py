@@ -259,3 +259,12 @@ def test_revert_refuses_what_torch_has_not_and_changes_nothing():
     with pytest.raises(ValueError, match=r"got 1 with activation='relu'"):
         normdrop.revert(model)
     assert type(model[0]) is normdrop.nn.BatchNorm2d
+
+
+def test_statistics_widened_in_inference_mode_train_later():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).bfloat16()
+    with torch.inference_mode():
+        normdrop.convert(model)
+    assert model[1].running_mean.dtype is torch.float32
+    normdrop.revert(model)
+    model.float()(torch.randn(5, 3)).square().sum().backward()

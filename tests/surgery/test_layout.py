@@ -195,3 +195,23 @@ def test_networks_pick_channels_last_and_give_the_same_numbers(name, size):
     x = torch.randn(4, 3, size, size, dtype=torch.float64)
     for other in (auto, last):
         torch.testing.assert_close(other(x), keep(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_model_converted_in_inference_mode_trains_later():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    with torch.inference_mode():
+        normdrop.convert(model, layout="channels_last")
+    assert is_last(model[0].weight)
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    assert is_last(model[0].weight.grad)
+
+
+def test_a_model_made_in_inference_mode_stays_so_and_folds():
+    with torch.inference_mode():
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+    normdrop.convert(model, layout="channels_last")
+    assert is_last(model[0].weight)
+    assert model[0].weight.is_inference()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(normdrop.fold(model)(x), model(x))

@@ -206,7 +206,8 @@ def _give_class(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
     module.__class__ = kind
     vars(module).update(_extras(module))
     if isinstance(module, batch_norm._BatchNorm):
-        module.widen_statistics()
+        with torch.inference_mode(False):  # statistics made in it could not be trained later
+            module.widen_statistics()
 
 
 def _ours(who: str, model: torch.nn.Module) -> list[torch.nn.Module]:

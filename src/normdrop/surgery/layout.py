@@ -60,9 +60,11 @@ def set_layout(model: torch.nn.Module, layout: Layout) -> None:
         ):
             module.__class__ = Conv2d
     for weight in weights:
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-        if weight.grad is not None:
-            weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
+        # In inference mode an ordinary weight would become one that cannot be trained later.
+        with torch.inference_mode(weight.is_inference()):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            if weight.grad is not None:
+                weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
 
 
 def weights_to_lay_out(model: torch.nn.Module, layout: Layout) -> list[torch.nn.Parameter]:

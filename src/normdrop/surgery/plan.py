@@ -53,7 +53,8 @@ class Plan:
 
     Attributes:
         rows: one for each batch normalization and dropout, and with ``convolution`` each Conv2d.
-        notes: what the options ``layout``, ``linear`` and ``memory`` would do.
+        notes: what the options ``layout``, ``linear``, ``convolution`` and ``memory`` would do,
+            and how many shortcuts become one call.
     """
 
     rows: tuple[Row, ...]
