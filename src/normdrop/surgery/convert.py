@@ -123,6 +123,9 @@ def convert(
 def revert(model: _Module) -> _Module:
     """Give torch's classes back to every layer of ours, in place; fusion and ``memory`` end too.
 
+    The layout stays. In channels_last, strided 1×1 convolutions are then torch's again, with what
+    :class:`normdrop.nn.conv2d.Conv2d` says of oneDNN's fault in their gradients.
+
     Args:
         model: a converted model, or one built of our layers.
 
